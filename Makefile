@@ -1,0 +1,33 @@
+# Every target makes its own virtual environment; nothing but Python, make and git has to be there.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+DEMO := demo
+
+.PHONY: demo test lint bench clean
+
+demo: $(READY)
+	$(BIN)/python dataset/dataset_prep.py $(DEMO)/data --synthetic 480
+	rm -rf $(DEMO)/unet
+	$(BIN)/python unet/train.py --data $(DEMO)/data --out $(DEMO)/unet --device cpu \
+		--image-size 96 --base-channels 16 --batch-size 16 --lr 1e-3 --epochs 16 --patience 0
+	$(BIN)/python unet/test.py --data $(DEMO)/data --checkpoint $(DEMO)/unet/best.pt --device cpu
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(READY)
+	$(BIN)/python benchmarks/run.py
+
+clean:
+	rm -rf .venv $(DEMO) .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): requirements.txt constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
+	touch $@
