@@ -1,0 +1,78 @@
+"""Files that are written whole or not at all, pictures that are opened safely, and the error a user can mend."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+
+# Pillow warns above its limit and raises above twice that; `load_picture` raises above it, and says what to do.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+class InputError(Exception):
+    """Something the user can mend: an argument, a file, a shape. Scripts print its text and exit with 1."""
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; it replaces `path` when the block ends well and vanishes when it does not.
+
+    A reader, or a process that takes over after a kill, sees the old file or the new one, never a part of one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write `content` atomically as indented JSON."""
+    write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON file; InputError names it when it is not JSON."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON ({error}). Delete it and make it again.") from None
+
+
+def load_picture(path: Path) -> Image.Image:
+    """Open and fully decode a picture of any format that Pillow reads; its suffix is not believed.
+
+    Raises InputError that names the file when it is empty, not a picture, damaged, or so large that decoding it could
+    exhaust the memory (Pillow's decompression-bomb limit).
+    """
+    try:
+        picture = Image.open(path)
+        if picture.width * picture.height > Image.MAX_IMAGE_PIXELS:
+            raise Image.DecompressionBombError
+        picture.load()
+        return picture
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except Image.DecompressionBombError:
+        limit = Image.MAX_IMAGE_PIXELS / 1e6
+        raise InputError(f"{path}: larger than {limit:.0f} megapixels; scale it down") from None
+    except UnidentifiedImageError:
+        what = "not a picture" if path.stat().st_size else "an empty file"
+        raise InputError(f"{path}: {what}; replace or delete it") from None
+    except Exception as error:  # the decoders raise whatever their parser trips over in a damaged file
+        raise InputError(f"{path}: damaged or truncated ({error}); replace or delete it") from error
