@@ -1,0 +1,469 @@
+"""python dataset/dataset_prep.py BASE_DIR [--download | --synthetic N]
+
+Check a folder of pet photographs and labels, split it by species, draw the prompt points. Run once; safe to run again.
+
+BASE_DIR holds the Oxford-IIIT layout (images/, annotations/) or the report's (TrainVal/ and Test/ with color/ and
+label/). The originals stay as they are; the prepared files lie beside them:
+
+  BASE_DIR/{TrainVal,Test}/color/{cats,dogs}/NAME.jpg   linked to the original where the file system can
+  BASE_DIR/{TrainVal,Test}/label/{cats,dogs}/NAME.png   indexed: 0 background, 1 cat, 2 dog, 255 boundary
+  BASE_DIR/{TrainVal,Test}/points.csv                   name, class, x, y: one click in the pet, one beside it
+  BASE_DIR/prep_report.json                             counts, and every file left out with the reason
+
+Exit code 0: prepared. 1: nothing usable, or --strict and something was left out. 2: wrong arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import io
+import os
+import shutil
+import signal
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from utils.config import run_script
+from utils.dataset import SPECIES, decode_label, decode_trimap, encode_label
+from utils.dataset_prep import draw_points
+from utils.files import InputError, atomic_path, load_picture, read_json, write_bytes, write_json
+
+VERSION = 1  # raise when the prepared files change: makes every folder prepare itself anew
+SPLITS = ("TrainVal", "Test")
+PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"}
+FOLDERS = {value: folder for folder, value in SPECIES.items()}  # class -> folder name
+REPORT = "prep_report.json"
+
+
+@dataclass
+class Pair:
+    """A photograph and its label. `species` is set where the label is a trimap, which does not tell it."""
+
+    name: str
+    split: str
+    image: Path
+    label: Path
+    species: int | None = None
+
+
+@dataclass
+class Source:
+    """What was found in BASE_DIR before any picture was opened. `left_out` holds (file, reason)."""
+
+    layout: str
+    pairs: list[Pair] = field(default_factory=list)
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)  # all that the outcome depends on
+
+
+@dataclass
+class Outcome:
+    """What became of a pair: left out when `reason` is set, else written under `folder`."""
+
+    pair: Pair
+    reason: str = ""
+    folder: str = ""
+    converted: str = ""
+    pixels: bytes = b""  # hash of the decoded photograph
+    points: list[tuple[str, int, int]] = field(default_factory=list)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base_dir", type=Path, metavar="BASE_DIR")
+    origin = parser.add_mutually_exclusive_group()
+    origin.add_argument("--download", action="store_true", help="fetch the Oxford-IIIT Pet data into BASE_DIR first")
+    origin.add_argument("--synthetic", type=int, metavar="N", help="draw N synthetic pets into BASE_DIR first")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
+    parser.add_argument("--strict", action="store_true", help="exit with 1 when anything was left out")
+    parser.add_argument("--seed", type=int, default=0, help="seeds the points and the synthetic pets (default: 0)")
+    args = parser.parse_args(argv)
+    base: Path = args.base_dir
+
+    if args.synthetic is not None and args.synthetic < 8:
+        parser.error(
+            f"--synthetic: at least 8 pictures are needed for both species in both splits, got {args.synthetic}"
+        )
+    if args.processes < 1:
+        parser.error(f"--processes: at least 1, got {args.processes}")
+    if args.seed < 0:
+        parser.error(f"--seed: at least 0, got {args.seed}")
+    creates = args.download or args.synthetic is not None
+    if not base.exists() and not creates:
+        parser.error(f"{base} does not exist. Name the folder that holds the photographs, or add --download.")
+    if base.exists() and not base.is_dir():
+        parser.error(f"{base} is not a directory")
+
+    with _write_errors(base):
+        base.mkdir(parents=True, exist_ok=True)
+        if args.download:
+            download(base)
+        elif args.synthetic is not None:
+            from dataset.synthetic import draw_dataset
+
+            draw_dataset(base, args.synthetic, seed=args.seed)
+        report, fresh = prepare(base, processes=args.processes, seed=args.seed)
+    print(summary(base, report, fresh))
+    kept = sum(sum(counts.values()) for counts in report["counts"].values())
+    return 1 if not kept or (args.strict and report["left_out"]) else 0
+
+
+def prepare(base: Path, *, processes: int = 1, seed: int = 0) -> tuple[dict, bool]:
+    """Prepare `base`; returns the report and whether anything had to be done.
+
+    Raises InputError when `base` is in neither layout.
+    """
+    old = read_json(base / REPORT) if (base / REPORT).exists() else None
+    source = find_source(base)
+    if source is None:
+        if old is not None:  # prepared elsewhere and copied here without its originals
+            return old, False
+        raise InputError(_no_layout(base))
+    fingerprint = _fingerprint(base, source, seed)
+    if old is not None and old.get("fingerprint") == fingerprint:
+        return old, False
+
+    # Without its report a folder counts as not prepared, so a run that is cut short is never taken for a finished one.
+    (base / REPORT).unlink(missing_ok=True)
+    outcomes = list(tqdm(_process_all(base, source.pairs, processes, seed), "prepare", len(source.pairs), unit="image"))
+    _leave_out_copies(outcomes)
+    kept = [outcome for outcome in outcomes if not outcome.reason]
+    _set_aside_strays(base, kept)
+    for split in SPLITS:
+        _write_points(base / split / "points.csv", [outcome for outcome in kept if outcome.pair.split == split])
+
+    left_out = source.left_out + [
+        (_relative(outcome.pair.image, base), outcome.reason) for outcome in outcomes if outcome.reason
+    ]
+    counts = {
+        split: {
+            folder: sum(outcome.pair.split == split and outcome.folder == folder for outcome in kept)
+            for folder in SPECIES
+        }
+        for split in SPLITS
+    }
+    report = {
+        "version": VERSION,
+        "layout": source.layout,
+        "synthetic": (base / "SYNTHETIC.txt").exists(),
+        "counts": counts,
+        "warnings": [
+            f"{split} holds no {folder}" for split in SPLITS for folder in SPECIES if not counts[split][folder]
+        ],
+        "left_out": [{"file": file, "reason": reason} for file, reason in sorted(left_out)],
+        "converted": [
+            {"file": _relative(outcome.pair.image, base), "reason": outcome.converted}
+            for outcome in kept
+            if outcome.converted
+        ],
+        "fingerprint": _fingerprint(base, source, seed),
+    }
+    write_json(base / REPORT, report)
+    return report, True
+
+
+def find_source(base: Path) -> Source | None:
+    """Recognize the layout of `base` and pair images with labels; None when it has neither layout."""
+    if (base / "images").is_dir() and (base / "annotations").is_dir():
+        return _find_original(base)
+    if any(_visible_files(base / split / "color") for split in SPLITS):
+        return _find_report(base)
+    return None
+
+
+def _find_original(base: Path) -> Source:
+    annotations = base / "annotations"
+    lists = {name: annotations / f"{name}.txt" for name in ("list", "trainval", "test")}
+    for path in [annotations / "trimaps", *lists.values()]:
+        if not path.exists():
+            raise InputError(f"{path} is missing: unpack annotations.tar.gz again, or run with --download")
+    source = Source("original", files=list(lists.values()))
+    images = _by_stem(source, base / "images", base)
+    trimaps = _by_stem(source, annotations / "trimaps", base)
+    species = _read_list(source, lists["list"], base)
+    in_split = {
+        "TrainVal": _read_list(source, lists["trainval"], base),
+        "Test": _read_list(source, lists["test"], base),
+    }
+
+    for split, other in (("Test", None), ("TrainVal", "Test")):
+        for name, own_species in in_split[split].items():
+            listed = f"{_relative(lists['test' if split == 'Test' else 'trainval'], base)}: {name}"
+            if other and name in in_split[other]:
+                source.left_out.append((listed, "in both lists; kept in Test only, so that Test is never trained on"))
+            elif name not in images:
+                source.left_out.append((listed, "no such image"))
+            elif name not in trimaps:
+                source.left_out.append((_relative(images[name], base), "image without a label"))
+            else:
+                value = species.get(name) or own_species or (1 if name[0].isupper() else 2)
+                source.pairs.append(Pair(name, split, images[name], trimaps[name], value))
+    for name, path in images.items():
+        if not any(name in names for names in in_split.values()):
+            source.left_out.append((_relative(path, base), "in no list (trainval.txt, test.txt)"))
+    for name, path in trimaps.items():
+        if name not in images:
+            source.left_out.append((_relative(path, base), "label without an image"))
+    return source
+
+
+def _find_report(base: Path) -> Source:
+    source = Source("report")
+    for split in SPLITS:
+        images = _by_stem(source, base / split / "color", base)
+        labels = _by_stem(source, base / split / "label", base)
+        for name, path in images.items():
+            if name in labels:
+                source.pairs.append(Pair(name, split, path, labels[name]))
+            else:
+                source.left_out.append((_relative(path, base), "image without a label"))
+        for name, path in labels.items():
+            if name not in images:
+                source.left_out.append((_relative(path, base), "label without an image"))
+    return source
+
+
+def _by_stem(source: Source, folder: Path, base: Path) -> dict[str, Path]:
+    """The pictures of a folder by name without suffix; what cannot be one is left out."""
+    pictures: dict[str, Path] = {}
+    for path in _visible_files(folder):
+        source.files.append(path)
+        if path.suffix.lower() not in PICTURE_SUFFIXES:
+            source.left_out.append((_relative(path, base), f"not a picture by its suffix {path.suffix!r}"))
+        elif path.stem in pictures:
+            source.left_out.append((_relative(path, base), f"same name as {pictures[path.stem].name}"))
+        else:
+            pictures[path.stem] = path
+    return pictures
+
+
+def _read_list(source: Source, path: Path, base: Path) -> dict[str, int | None]:
+    """Species by name from lines `NAME CLASS-ID SPECIES BREED-ID`; None where a line holds the name alone."""
+    names: dict[str, int | None] = {}
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        fields = line.split()
+        if not fields or line.startswith("#"):
+            continue
+        if len(fields) == 1:
+            names[fields[0]] = None
+        elif len(fields) >= 3 and fields[2] in ("1", "2"):
+            names[fields[0]] = int(fields[2])
+        else:
+            source.left_out.append((f"{_relative(path, base)}:{number}", f"cannot read the line {line!r}"))
+    return names
+
+
+def _visible_files(folder: Path) -> list[Path]:
+    """Files of a folder, sorted. Hidden ones (the original archive is full of macOS `._NAME` files) are no data."""
+    if not folder.is_dir():
+        return []
+    return sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_file() and entry.name[0] != ".")
+
+
+def _process_all(base: Path, pairs: list[Pair], processes: int, seed: int) -> Iterator[Outcome]:
+    work = partial(process_pair, base=base, seed=seed)
+    if processes == 1:
+        yield from map(work, pairs)
+        return
+    # Ctrl-C reaches the whole process group: the workers ignore it and are told to stop by the parent.
+    pool = ProcessPoolExecutor(processes, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    try:
+        yield from pool.map(work, pairs, chunksize=8)
+    except BrokenProcessPool:
+        raise InputError("a worker process was killed (out of memory?): run again with --processes 1") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def process_pair(pair: Pair, *, base: Path, seed: int) -> Outcome:
+    """Check one pair and write its prepared image and label. An OSError means that the disk could not be written."""
+    try:
+        image = load_picture(pair.image)
+        label = load_picture(pair.label)
+        classes = decode_label(label) if pair.species is None else decode_trimap(label, pair.species)
+    except InputError as error:
+        return Outcome(pair, str(error).removeprefix(f"{pair.image}: ").replace(f"{pair.label}: ", "its label is "))
+    if image.size != label.size:
+        return Outcome(pair, "image is {}x{}, its label {}x{}".format(*image.size, *label.size))
+    species = np.flatnonzero(np.bincount(classes.ravel(), minlength=3)[1:3]) + 1
+    if len(species) != 1:
+        return Outcome(pair, "both species in one label" if len(species) else "no pet in its label")
+
+    folder = FOLDERS[species[0]]
+    prepared = base / pair.split / "color" / folder / f"{pair.name}.jpg"
+    rgb = image if image.mode == "RGB" else image.convert("RGB")
+    converted = ""
+    if image.format == "JPEG":
+        _link(pair.image, prepared)
+    else:
+        converted = f"is a {image.format} picture ({image.mode}); converted to JPEG"
+        _write_if_changed(prepared, _encode(rgb, "JPEG", quality=95, subsampling=0))
+    # Level 1 is a third of the default's time; labels stay a few kB.
+    _write_if_changed(
+        base / pair.split / "label" / folder / f"{pair.name}.png",
+        _encode(encode_label(classes), "PNG", compress_level=1),
+    )
+    rng = np.random.default_rng([seed, zlib.crc32(pair.name.encode())])  # the same point whatever else is in the folder
+    pixels = hashlib.blake2b(rgb.tobytes(), digest_size=16, salt=str(rgb.size).encode()).digest()
+    return Outcome(pair, "", folder, converted, pixels, draw_points(classes, rng))
+
+
+def _leave_out_copies(outcomes: Iterable[Outcome]) -> None:
+    """Leave out TrainVal pictures that are also in Test, or twice in TrainVal, where they could reach both sides of the
+    train/validation split. Test itself stays complete, so that scores compare with other people's."""
+    seen: dict[bytes, Pair] = {}
+    for outcome in sorted(outcomes, key=lambda outcome: outcome.pair.split != "Test"):
+        if outcome.reason:
+            continue
+        first = seen.setdefault(outcome.pixels, outcome.pair)
+        if first is not outcome.pair and outcome.pair.split == "TrainVal":
+            outcome.reason = f"same picture as {first.split} {first.name}"
+
+
+def _set_aside_strays(base: Path, kept: list[Outcome]) -> None:
+    """Move prepared files that are not part of this preparation to BASE_DIR/stale/ (never delete: one could be the
+    last copy of an original that is gone)."""
+    expected = {(outcome.pair.split, outcome.folder, outcome.pair.name) for outcome in kept}
+    for path in _prepared_files(base):
+        split, _, folder, file = path.relative_to(base).parts
+        if (split, folder, Path(file).stem) not in expected:
+            target = base / "stale" / path.relative_to(base)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
+
+
+def _prepared_files(base: Path) -> list[Path]:
+    return [
+        path
+        for split in SPLITS
+        for kind in ("color", "label")
+        for folder in SPECIES
+        for path in _visible_files(base / split / kind / folder)
+    ]
+
+
+def _write_points(path: Path, outcomes: list[Outcome]) -> None:
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["name", "class", "x", "y"])
+    for outcome in sorted(outcomes, key=lambda outcome: outcome.pair.name):
+        rows.writerows([outcome.pair.name, *point] for point in outcome.points)
+    _write_if_changed(path, text.getvalue().encode())
+
+
+def _link(original: Path, prepared: Path) -> None:
+    if prepared.exists() and prepared.samefile(original):
+        return
+    with atomic_path(prepared) as temporary:
+        try:
+            os.link(original.resolve(), temporary)
+        except OSError:  # another file system, or one without hard links
+            shutil.copyfile(original, temporary)
+
+
+def _encode(picture: Image.Image, picture_format: str, **options: int) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, picture_format, **options)
+    return buffer.getvalue()
+
+
+def _write_if_changed(path: Path, content: bytes) -> None:
+    if not path.exists() or path.read_bytes() != content:
+        write_bytes(path, content)
+
+
+def _fingerprint(base: Path, source: Source, seed: int) -> str:
+    """Hash of the state of every original and every prepared file: equal means that there is nothing to do."""
+    files = [*source.files, *_prepared_files(base), *(base / split / "points.csv" for split in SPLITS)]
+    states = []
+    for path in files:
+        state = path.stat() if path.exists() else None
+        states.append((_relative(path, base), state and state.st_size, state and state.st_mtime_ns))
+    return hashlib.sha256(repr((VERSION, seed, states)).encode()).hexdigest()
+
+
+def _relative(path: Path, base: Path) -> str:
+    return path.relative_to(base).as_posix()
+
+
+def download(base: Path) -> None:
+    """Fetch and unpack the Oxford-IIIT Pet data (800 MB) into `base`; torchvision knows the addresses and checksums."""
+    if (base / "images").is_dir() and (base / "annotations").is_dir():
+        return
+    from torchvision.datasets import OxfordIIITPet
+
+    partial_folder = base / ".download"
+    unpacked = partial_folder / "oxford-iiit-pet"
+    for name in ("images", "annotations"):  # half unpacked when the last try was cut short; whole archives are kept
+        shutil.rmtree(unpacked / name, ignore_errors=True)
+    try:
+        OxfordIIITPet(str(partial_folder), download=True)
+    except Exception as error:  # the network, the server, a checksum: torchvision raises many kinds
+        raise InputError(
+            f"the download failed ({error}). Run again to continue, or fetch images.tar.gz and annotations.tar.gz from "
+            f"https://www.robots.ox.ac.uk/~vgg/data/pets/ yourself, unpack both in {base} and run without --download."
+        ) from error
+    for name in ("annotations", "images"):  # images last: only then is the layout complete
+        (unpacked / name).replace(base / name)
+    shutil.rmtree(partial_folder)
+
+
+def summary(base: Path, report: dict, fresh: bool) -> str:
+    """The outcome in a few lines: counts, and what was left out with the reasons."""
+    lines = [
+        f"{base}: {'prepared' if fresh else 'already prepared, nothing to do'} ({report['layout']} layout"
+        + (", SYNTHETIC drawings" if report["synthetic"] else "")
+        + ")"
+    ]
+    for split, counts in report["counts"].items():
+        lines.append(f"  {split:9}" + ", ".join(f"{count} {folder}" for folder, count in counts.items()))
+    lines += [f"  warning: {warning}; training and a fair test need both species" for warning in report["warnings"]]
+    lines += [f"  converted: {row['file']}: {row['reason']}" for row in report["converted"][:20]]
+    if report["left_out"]:
+        kinds = Counter(row["reason"] for row in report["left_out"])
+        lines.append(f"  left out: {len(report['left_out'])} (all of them in {base / REPORT})")
+        shown = report["left_out"][:20]
+        lines += [f"    {row['file']}: {row['reason']}" for row in shown]
+        if len(report["left_out"]) > len(shown):
+            lines += [f"    in all: {count} x {reason}" for reason, count in kinds.most_common(10)]
+    return "\n".join(lines)
+
+
+def _no_layout(base: Path) -> str:
+    found = ", ".join(sorted(path.name for path in base.iterdir())[:8]) or "nothing"
+    return (
+        f"{base} is in neither layout. Expected images/ and annotations/ (Oxford-IIIT), or TrainVal/color, "
+        f"TrainVal/label, Test/color, Test/label with files in them; found: {found}. "
+        "--download fetches the data, --synthetic N draws some."
+    )
+
+
+@contextmanager
+def _write_errors(base: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"cannot read or write in {base}: {error}. Free space or change the permissions and run again: "
+            "the originals are untouched, and what is prepared so far is checked anew."
+        ) from error
+
+
+if __name__ == "__main__":
+    run_script(main)
