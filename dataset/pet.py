@@ -1,0 +1,293 @@
+"""The prepared pets as PyTorch data: data set and cache, train/validation split, species balance, loaders."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import albumentations as A
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
+
+from dataset.augmentation import augment, train_transform
+from utils.dataset import CLASSES, SPECIES, decode_label, resize_image, resize_mask
+from utils.files import InputError, atomic_path, load_picture, read_json
+
+CACHE_VERSION = 1  # raise when what a cache holds changes
+
+
+@dataclass(frozen=True)
+class Record:
+    """One prepared pet: its files and its class (1 cat, 2 dog)."""
+
+    name: str
+    species: int
+    image: Path
+    label: Path
+
+    def load_label(self) -> np.ndarray:
+        """Classes (H, W) uint8 at the photograph's own size."""
+        return decode_label(load_picture(self.label))
+
+
+def find_records(base_dir: Path, split: str, limit: int | None = None) -> list[Record]:
+    """The pets of a split, sorted by name; with `limit`, so many of them spread evenly over that order.
+
+    InputError when `base_dir` is not prepared, or an image has lost its label.
+    """
+    if not (base_dir / "prep_report.json").is_file():
+        raise InputError(f"{base_dir} is not prepared. Run: python dataset/dataset_prep.py {base_dir}")
+    records = []
+    for folder, species in SPECIES.items():
+        for image in sorted((base_dir / split / "color" / folder).glob("*.jpg")):
+            label = base_dir / split / "label" / folder / f"{image.stem}.png"
+            if not label.is_file():
+                raise InputError(f"{image} has no label {label}. Run: python dataset/dataset_prep.py {base_dir}")
+            records.append(Record(image.stem, species, image, label))
+    if not records:
+        raise InputError(
+            f"{base_dir / split} holds no image. See {base_dir / 'prep_report.json'} for what was left out."
+        )
+    records.sort(key=lambda record: record.name)
+    if limit and limit < len(records):
+        records = [records[i] for i in np.linspace(0, len(records) - 1, limit).round().astype(int)]
+    return records
+
+
+def is_synthetic(base_dir: Path) -> bool:
+    """Whether the pets were drawn by dataset/synthetic.py, so that scores compare with nothing."""
+    return bool(read_json(base_dir / "prep_report.json").get("synthetic"))
+
+
+class Cache:
+    """All images and masks of `records` at `size` x `size`, decoded and resized once, memory-mapped from one file.
+
+    The file lies beside the data. Its name holds a hash of what went into it (the files' names, sizes and times, the
+    size), so a change of the data makes a new one. `cache[i]` is image (size, size, 3) and mask (size, size), uint8.
+    """
+
+    def __init__(self, records: Sequence[Record], size: int):
+        split_dir = records[0].image.parents[2]
+        self.size = size
+        self.shape = (len(records), size * size * 4)  # RGB, then the mask
+        states = [(r.name, r.species, *(x for path in (r.image, r.label) for x in _state(path))) for r in records]
+        key = hashlib.sha256(repr((CACHE_VERSION, size, states)).encode()).hexdigest()[:16]
+        folder = split_dir.parent / "cache"
+        prefix = f"{split_dir.name}-{len(records)}x{size}-"
+        self.path = folder / f"{prefix}{key}.u8"
+        self._pixels: np.memmap | None = None
+        if not self.path.exists():
+            self._build(records)
+            for outdated in folder.glob(f"{prefix}*.u8"):
+                if outdated != self.path:
+                    outdated.unlink(missing_ok=True)
+
+    def _build(self, records: Sequence[Record]) -> None:
+        def load(record: Record) -> bytes:
+            image = load_picture(record.image)
+            return resize_image(image, self.size).tobytes() + resize_mask(record.load_label(), self.size).tobytes()
+
+        try:
+            # Written, not mapped: on a full disk a write fails with an error, a mapped page kills the process.
+            with (
+                atomic_path(self.path) as temporary,
+                temporary.open("wb") as file,
+                ThreadPoolExecutor() as pool,
+                tqdm(total=len(records), desc=f"cache {self.size}x{self.size}", unit="image", leave=False) as bar,
+            ):
+                for start in range(0, len(records), 64):  # in chunks, so that memory stays constant
+                    for content in pool.map(load, records[start : start + 64]):
+                        file.write(content)
+                        bar.update()
+        except OSError as error:
+            hint = "Free space or change the permissions."
+            raise InputError(f"cannot write the cache {self.path}: {error}. {hint}") from error
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        if self._pixels is None:  # opened late: each worker maps the file itself
+            self._pixels = np.memmap(self.path, np.uint8, "r", shape=self.shape)
+        pixels = np.array(self._pixels[index])
+        area = self.size * self.size
+        return pixels[: 3 * area].reshape(self.size, self.size, 3), pixels[3 * area :].reshape(self.size, self.size)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pixels": None}  # a pickled memmap would carry all pixels along
+
+
+def _state(path: Path) -> tuple[int, int]:
+    state = path.stat()
+    return state.st_size, state.st_mtime_ns
+
+
+class PetDataset(Dataset):
+    """Pets as dicts of `image` (3, size, size) uint8 RGB, `mask` (size, size) uint8 with 255 = ignored, and `name`.
+
+    `indices` picks from the records, repeats allowed: a sample is a position in `indices`. With `transform` a sample is
+    augmented, depending on (seed, epoch, sample) alone. With `label_size` each item also has `label`, the classes at
+    the photograph's own size ("native") or at so many pixels square, for scoring.
+
+    Items are asked for by (epoch, sample), or by sample alone for epoch 0.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        size: int,
+        *,
+        cache: Cache | None = None,
+        indices: Sequence[int] | None = None,
+        transform: A.Compose | None = None,
+        seed: int = 0,
+        label_size: str | int | None = None,
+    ):
+        self.records = records
+        self.cache = cache or Cache(records, size)
+        self.indices = range(len(records)) if indices is None else indices
+        self.transform = transform
+        self.seed = seed
+        self.label_size = label_size
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        epoch, sample = key if isinstance(key, tuple) else (0, key)
+        index = self.indices[sample]
+        image, mask = self.cache[index]
+        if self.transform is not None:
+            image, mask = augment(self.transform, image, mask, (self.seed, epoch, sample))
+        item = {
+            "image": torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),  # (3, size, size)
+            "mask": torch.from_numpy(np.ascontiguousarray(mask)),
+            "name": self.records[index].name,
+        }
+        if self.label_size is not None:
+            label = self.records[index].load_label()
+            item["label"] = label if self.label_size == "native" else resize_mask(label, self.label_size)
+        return item
+
+
+def split_records(records: Sequence[Record], val_fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Train and validation indices: drawn by image, stratified by species, at least one of each on each side."""
+    rng = np.random.default_rng(seed)
+    train: list[int] = []
+    val: list[int] = []
+    for species in SPECIES.values():
+        members = [index for index, record in enumerate(records) if record.species == species]
+        if len(members) < 2:
+            raise InputError(
+                f"{records[0].image.parents[2]} holds {len(members)} {CLASSES[species]} image(s); training needs at "
+                "least 2 of each species, one of them to validate. Add some, or leave --limit out."
+            )
+        order = rng.permutation(members).tolist()
+        count = min(max(round(val_fraction * len(members)), 1), len(members) - 1)
+        val += order[:count]
+        train += order[count:]
+    return sorted(train), sorted(val)
+
+
+def balance(records: Sequence[Record], indices: Sequence[int]) -> list[int]:
+    """`indices` with those of the rarer species repeated until there are as many of each (report section 2)."""
+    groups = [[index for index in indices if records[index].species == species] for species in SPECIES.values()]
+    most = max(map(len, groups))
+    return [index for group in groups for index in np.resize(group, most).tolist()]
+
+
+class EpochBatches(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, sample) keys: every sample once per epoch, in an order that depends on (seed, epoch) alone.
+
+    With several processes, `rank` of `world` takes every world-th key of each batch of `batch_size * world`.
+    """
+
+    def __init__(self, samples: int, batch_size: int, *, shuffle: bool, seed: int = 0, rank: int = 0, world: int = 1):
+        self.samples = samples
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.rank = rank
+        self.world = world
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-self.samples // (self.batch_size * self.world))
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = np.arange(self.samples)
+        if self.shuffle:
+            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.samples)
+        step = self.batch_size * self.world
+        for start in range(0, self.samples, step):
+            yield [(self.epoch, int(sample)) for sample in order[start : start + step][self.rank :: self.world]]
+
+
+def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Stack what has one size; labels at their own sizes and names stay lists."""
+    return {
+        key: torch.stack([item[key] for item in items])
+        if torch.is_tensor(items[0][key])
+        else [item[key] for item in items]
+        for key in items[0]
+    }
+
+
+def make_loader(dataset: Dataset, batches: EpochBatches, workers: int) -> DataLoader:
+    """A DataLoader over `batches`; `loader.batch_sampler.set_epoch` changes the epoch."""
+    workers = min(workers, len(batches), os.cpu_count() or 1)
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=collate,
+        persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        # Its own generator: the loader draws from it, and the model's random stream must not depend on the workers.
+        generator=torch.Generator(),
+    )
+
+
+def make_train_loaders(
+    config: Any, *, rank: int = 0, world: int = 1
+) -> tuple[DataLoader, DataLoader, dict[str, list[str]]]:
+    """Training and validation loader of a TrainConfig, and the split: {"train": names, "val": names}.
+
+    InputError when there are fewer training images than a batch.
+    """
+    records = find_records(config.data, "TrainVal", config.limit)
+    train, val = split_records(records, config.val_fraction, config.seed)
+    samples = balance(records, train)
+    if len(samples) < config.batch_size * world:
+        raise InputError(
+            f"{len(samples)} training images (after balancing) are fewer than a batch of {config.batch_size * world}: "
+            f"use --batch-size {len(samples) // world} or less, or more images."
+        )
+    cache = Cache(records, config.image_size)
+    train_set = PetDataset(
+        records, config.image_size, cache=cache, indices=samples, transform=train_transform(), seed=config.seed
+    )
+    val_set = PetDataset(records, config.image_size, cache=cache, indices=val)
+    shard = {"rank": rank, "world": world}
+    train_batches = EpochBatches(len(train_set), config.batch_size, shuffle=True, seed=config.seed, **shard)
+    val_batches = EpochBatches(len(val_set), config.batch_size, shuffle=False, **shard)
+    split = {"train": [records[i].name for i in train], "val": [records[i].name for i in val]}
+    return (
+        make_loader(train_set, train_batches, config.workers),
+        make_loader(val_set, val_batches, config.workers),
+        split,
+    )
+
+
+def make_test_loader(config: Any, image_size: int) -> DataLoader:
+    """Loader of a TestConfig over a split, in the order of the names, with the labels at the size to score at."""
+    records = find_records(config.data, config.split, config.limit)
+    dataset = PetDataset(records, image_size, label_size=config.score_size)
+    return make_loader(dataset, EpochBatches(len(dataset), config.batch_size, shuffle=False), config.workers)

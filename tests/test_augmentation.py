@@ -1,0 +1,94 @@
+"""dataset/augmentation.py."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from dataset.augmentation import SmoothElasticTransform, augment, train_transform
+from tests.conftest import ROOT
+from utils.dataset import IGNORE
+
+
+def checkerboard(size: int = 128) -> tuple[np.ndarray, np.ndarray]:
+    """An image whose brightness is its mask: dark where 0, bright where 1."""
+    mask = np.zeros((size, size), np.uint8)
+    mask[size // 4 : size // 2, size // 4 : -size // 8] = 1
+    return np.repeat((60 + 130 * mask)[..., None], 3, axis=2).astype(np.uint8), mask
+
+
+def test_mask_and_image_stay_aligned():
+    image, mask = checkerboard()
+    transform = train_transform()
+    for key in range(40):
+        varied, varied_mask = augment(transform, image, mask, (key,))
+        assert set(np.unique(varied_mask)) <= {0, 1, IGNORE}
+        inside, outside = varied[varied_mask == 1].mean(), varied[varied_mask == 0].mean()
+        middle = (inside + outside) / 2
+        wrong = (varied.mean(axis=2) > middle) != (varied_mask == 1)
+        assert wrong[varied_mask != IGNORE].mean() < 0.02
+
+
+def test_the_key_alone_decides():
+    image, mask = checkerboard()
+    first, second = train_transform(), train_transform()
+    second(image=image, mask=mask)  # other calls in between must not matter
+    for key in ((0, 1, 2), (0, 1, 3), (5, 0, 0)):
+        np.testing.assert_array_equal(augment(first, image, mask, key)[0], augment(second, image, mask, key)[0])
+    assert (augment(first, image, mask, (0, 1, 2))[0] != augment(first, image, mask, (0, 1, 3))[0]).any()
+
+
+def test_transforms_are_drawn_independently():
+    """A flip must not always come with a rotation, as it does when every transform has the same stream."""
+    image, mask = checkerboard()
+    transform = train_transform()
+    flipped, rotated = [], []
+    for key in range(200):
+        _, varied = augment(transform, image, mask, (key,))
+        columns = np.flatnonzero((varied == 1).any(axis=0))
+        flipped.append(columns.mean() < 63)
+        rotated.append((varied == IGNORE).any())
+    assert 0.35 < np.mean(flipped) < 0.65
+    assert 0.35 < np.mean(rotated) < 0.65
+    assert abs(np.corrcoef(flipped, rotated)[0, 1]) < 0.25
+
+
+def test_uncovered_corners_are_ignored():
+    image = np.full((64, 64, 3), 200, np.uint8)
+    mask = np.ones((64, 64), np.uint8)
+    seen = 0
+    for key in range(30):
+        varied, varied_mask = augment(train_transform(), image, mask, (key,))
+        black = (varied < 20).all(axis=2)
+        assert (varied_mask[black] == IGNORE).all()
+        seen += black.any()
+    assert seen > 5
+
+
+def test_elastic_moves_several_pixels_at_256_and_never_folds():
+    transform = SmoothElasticTransform()
+    largest = []
+    for seed in range(20):
+        transform.set_random_seed(seed)
+        maps = transform.get_params_dependent_on_data({"shape": (256, 256, 3)}, {})
+        shift_x = maps["map_x"] - np.arange(256)
+        shift_y = maps["map_y"] - np.arange(256)[:, None]
+        largest.append(np.hypot(shift_x, shift_y).max())
+        assert (np.diff(maps["map_x"], axis=1) > 0).all() and (np.diff(maps["map_y"], axis=0) > 0).all()
+    assert 5 < np.median(largest) < 25
+
+
+@pytest.mark.parametrize("setting", [None, "0"])
+def test_importing_it_asks_nothing_of_the_network(setting):
+    code = (
+        "import socket\n"
+        "def refuse(*_, **__): raise SystemExit('tried to reach the network')\n"
+        "socket.socket.connect = socket.getaddrinfo = socket.create_connection = refuse\n"
+        "import dataset.augmentation"
+    )
+    environment = {} if setting is None else {"NO_ALBUMENTATIONS_UPDATE": setting}
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
