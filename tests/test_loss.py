@@ -1,0 +1,83 @@
+"""utils/loss.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from utils.dataset import IGNORE
+from utils.loss import SegmentationLoss, cross_entropy, dice_loss
+
+LOSSES = ["cross-entropy", "dice", "cross-entropy+dice"]
+
+
+def logits_for(target: torch.Tensor, confidence: float, classes: int = 3) -> torch.Tensor:
+    hot = F.one_hot(target.long().clamp(max=classes - 1), classes).permute(0, 3, 1, 2)
+    return confidence * hot.float()
+
+
+@pytest.fixture
+def target() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 3, (2, 8, 9), generator=generator, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_good_is_lower_than_bad(name, target):
+    loss = SegmentationLoss(name, "ignore")
+    values = [loss(logits_for(target, confidence), target).item() for confidence in (20, 2, 0, -2, -20)]
+    assert values == sorted(values) and values[0] < 1e-3
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_ignored_pixels_have_no_part(name, target):
+    target[:, :3] = IGNORE
+    logits = torch.randn(2, 3, 8, 9, requires_grad=True)
+    loss = SegmentationLoss(name, "ignore")
+    value = loss(logits, target)
+    value.backward()
+    assert (logits.grad[:, :, :3] == 0).all() and (logits.grad[:, :, 3:] != 0).all()
+    changed = logits.detach().clone()
+    changed[:, :, :3] += 5
+    assert torch.equal(loss(changed, target), value.detach())
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_only_ignored_pixels_is_zero_and_finite(name):
+    logits = torch.randn(1, 3, 4, 4, requires_grad=True)
+    value = SegmentationLoss(name, "ignore")(logits, torch.full((1, 4, 4), IGNORE, dtype=torch.uint8))
+    value.backward()
+    assert value.item() == 0 and (logits.grad == 0).all()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_boundary_as_background(name, target):
+    target[:, :3] = IGNORE
+    merged = target.clone()
+    merged[:, :3] = 0
+    logits = torch.randn(2, 3, 8, 9)
+    assert torch.equal(
+        SegmentationLoss(name, "background")(logits, target), SegmentationLoss(name, "ignore")(logits, merged)
+    )
+
+
+def test_cross_entropy_is_torch_s(target):
+    logits = torch.randn(2, 3, 8, 9)
+    target[0, 0] = IGNORE
+    expected = F.cross_entropy(logits, target.long(), ignore_index=IGNORE)
+    assert cross_entropy(logits, target) == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_dice_by_hand():
+    # Two pixels, both of class 1 with probability 0.5 for it: 2 * 1 / (1 + 2) = 2/3.
+    logits = torch.zeros(1, 2, 1, 2)
+    assert dice_loss(logits, torch.ones(1, 1, 2, dtype=torch.uint8)).item() == pytest.approx(1 / 3)
+    # Half of each class: class 0 and class 1 both have 2 * 0.5 / (1 + 1) = 1/2.
+    assert dice_loss(logits, torch.tensor([[[0, 1]]], dtype=torch.uint8)).item() == pytest.approx(1 / 2)
+
+
+@pytest.mark.parametrize("loss", [cross_entropy, dice_loss])
+def test_gradient(loss, target):
+    logits = torch.randn(2, 3, 8, 9, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda values: loss(values, target), logits)

@@ -1,0 +1,48 @@
+"""Parts that several models share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class Normalize(nn.Module):
+    """Shift and scale images in [0, 1] by a mean and standard deviation per channel, kept as non-persistent buffers."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return (image - self.mean) / self.std
+
+
+class DoubleConv(nn.Sequential):
+    """Two times 3x3 convolution, batch norm, ReLU; height and width stay (Ronneberger et al. 2015, padded)."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(
+            # No bias: the batch norm that follows would subtract it.
+            nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(inplace=True),
+        )
+
+
+class UpBlock(nn.Module):
+    """Transposed 2x2 convolution that doubles height and width, then a DoubleConv over it and the skip, if any."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, skip_channels: int = 0):
+        super().__init__()
+        self.up = nn.ConvTranspose2d(in_channels, out_channels, 2, stride=2)
+        self.conv = DoubleConv(out_channels + skip_channels, out_channels)
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        x = self.up(x)  # (B, out, 2H, 2W)
+        return self.conv(x if skip is None else torch.cat([skip, x], dim=1))
