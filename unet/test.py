@@ -1,0 +1,43 @@
+"""python unet/test.py --checkpoint runs/unet/best.pt --data Dataset
+
+Score a trained U-Net, or segment photographs of your own: python unet/test.py --images PATH ...
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils.config import TestConfig, flag, parse, run_script
+
+
+@dataclass
+class Config(TestConfig):
+    """The shared flags."""
+
+    checkpoint: Path = flag(Path("runs/unet/best.pt"), "file that unet/train.py wrote")
+
+
+def main() -> None:
+    config = parse(Config, __doc__)
+
+    # Heavy imports come after parsing, so that --help answers at once.
+    from dataset.pet import is_synthetic, make_test_loader
+    from unet.model import UNet
+    from utils.evaluation import score, segment_pictures
+    from utils.helper import load_model, pick_device
+
+    device = pick_device(config.device)
+    model, checkpoint = load_model(config.checkpoint, UNet, "unet", device)
+    if config.images:
+        segment_pictures(model, checkpoint, config, device)
+    else:
+        loader = make_test_loader(config, checkpoint["config"]["image_size"])
+        score(model, checkpoint, loader, config, device, synthetic=is_synthetic(config.data))
+
+
+if __name__ == "__main__":
+    run_script(main)

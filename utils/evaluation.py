@@ -1,0 +1,214 @@
+"""What every test.py shares: scores and pictures of a split, and masks for photographs without labels."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from utils.config import TestConfig, to_json
+from utils.dataset import CLASSES, encode_label, overlay, resize_image
+from utils.files import InputError, atomic_path, load_picture, write_json
+from utils.helper import describe_environment, to_device
+from utils.metric import ConfusionMatrix, count_confusion, nan_mean, predict
+from utils.plot import plot_confusion, plot_predictions
+
+log = logging.getLogger(__name__)
+
+PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"}
+
+
+@dataclass
+class Evaluation:
+    """Confusion counts of each image (N, C, C), row = truth, in the order of the data set."""
+
+    counts: Tensor
+    class_names: Sequence[str]
+    seconds: float
+
+    @property
+    def total(self) -> ConfusionMatrix:
+        return ConfusionMatrix(self.class_names, self.counts.sum(dim=0))
+
+    def image_iou(self) -> list[float]:
+        """Mean IoU of each image, over the classes that its truth or prediction has."""
+        return [nan_mean(ConfusionMatrix(self.class_names, counts).iou()) for counts in self.counts]
+
+    def metrics(self) -> dict[str, Any]:
+        """The scores over all images together, per image, and of predicting background everywhere."""
+        per_image = sorted(iou for iou in self.image_iou() if iou == iou)  # an image of ignored pixels alone has none
+        worst = per_image[: max(1, round(0.05 * len(per_image)))]
+        return {
+            "images": len(self.counts),
+            "pixels": int(self.counts.sum()),
+            **self.total.scores(),
+            "per_image_iou": {"mean": nan_mean(per_image), "worst_5_percent": nan_mean(worst)},
+            "baseline": {"name": f"all {self.class_names[0]}", **self.total.baseline().scores()},
+        }
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, loader: DataLoader, device: torch.device, class_names: Sequence[str] = CLASSES
+) -> Evaluation:
+    """Compare predictions with each batch's `label` at the label's size: the logits are resized, not the label."""
+    model.eval()
+    began = time.perf_counter()
+    counts = []
+    with tqdm(total=len(loader.dataset), desc="test", unit="image", leave=False) as bar:
+        for batch in loader:
+            logits = model(to_device(batch, device)["image"])
+            for image_logits, label in zip(logits, batch["label"]):
+                target = torch.from_numpy(label).to(device)
+                prediction = predict(resize_logits(image_logits[None], target.shape))[0]
+                counts.append(count_confusion(prediction, target, len(class_names)))
+            bar.update(len(logits))
+    return Evaluation(torch.stack(counts).cpu(), class_names, time.perf_counter() - began)
+
+
+def resize_logits(logits: Tensor, size: Sequence[int]) -> Tensor:
+    """Logits (B, C, h, w) at `size` (H, W), bilinear."""
+    return F.interpolate(logits.float(), tuple(size), mode="bilinear", align_corners=False)
+
+
+@torch.inference_mode()
+def segment(model: nn.Module, picture: Image.Image, image_size: int, device: torch.device) -> np.ndarray:
+    """Classes (H, W) uint8 of a picture at its own size; the model sees it at `image_size` x `image_size`."""
+    image = torch.from_numpy(resize_image(picture, image_size)).permute(2, 0, 1)[None]  # (1, 3, size, size)
+    logits = model(to_device({"image": image}, device)["image"])
+    return predict(resize_logits(logits, (picture.height, picture.width)))[0].to(torch.uint8).cpu().numpy()
+
+
+def score(
+    model: nn.Module,
+    checkpoint: dict[str, Any],
+    loader: DataLoader,
+    config: TestConfig,
+    device: torch.device,
+    *,
+    synthetic: bool,
+) -> dict[str, Any]:
+    """Score a split, write metrics.json, confusion.png and predictions.png, print the scores; returns the metrics."""
+    out = config.out or config.checkpoint.parent / ("test" if config.split == "Test" else f"test_{config.split}")
+    evaluation = evaluate(model, loader, device)
+    metrics = evaluation.metrics() | {
+        "score_size": config.score_size,
+        "model": checkpoint["model_name"],
+        "epoch": checkpoint["epoch"],
+        "synthetic": synthetic,
+        "images_per_second": len(evaluation.counts) / evaluation.seconds,
+        "config": to_json(config),
+        "environment": describe_environment(device),
+    }
+    note = " (synthetic drawings: compares with nothing)" if synthetic else ""
+    write_json(out / "metrics.json", metrics)
+    plot_confusion(out / "confusion.png", evaluation.total.counts.numpy(), CLASSES)
+
+    image_iou = evaluation.image_iou()
+    rows = []
+    for rank, index in pick_examples(image_iou):
+        record = loader.dataset.records[index]
+        photo = load_picture(record.image).convert("RGB")
+        classes = segment(model, photo, checkpoint["config"]["image_size"], device)
+        caption = f"{rank}: {record.name}\nmean IoU {image_iou[index]:.2f}"
+        rows.append((caption, np.asarray(photo), record.load_label(), classes))
+    plot_predictions(out / "predictions.png", rows)
+    print(
+        format_scores(
+            metrics, f"{config.checkpoint} on {metrics['images']} images of {config.data / config.split}{note}"
+        )
+    )
+    print(f"{out / 'metrics.json'}\n{out / 'confusion.png'}\n{out / 'predictions.png'}")
+    return metrics
+
+
+def pick_examples(image_iou: Sequence[float], each: int = 2) -> list[tuple[str, int]]:
+    """(rank, index) of the best, the median and the worst images by IoU, `each` of a kind, none twice."""
+    order = sorted((i for i in range(len(image_iou)) if image_iou[i] == image_iou[i]), key=lambda i: -image_iou[i])
+    middle = max(0, (len(order) - each) // 2)
+    picked: dict[int, str] = {}
+    for rank, indices in (("best", order[:each]), ("worst", order[-each:]), ("median", order[middle : middle + each])):
+        for index in indices:
+            picked.setdefault(index, rank)
+    return [(picked[index], index) for index in order if index in picked]
+
+
+def format_scores(metrics: dict[str, Any], title: str) -> str:
+    """The scores as a table in percent, with the trivial baseline below."""
+
+    def line(name: str, scores: dict[str, Any], label: str) -> str:
+        return f"  {name:22}" + "".join(f"{_percent(scores[kind][label]):>10}" for kind in ("iou", "dice", "accuracy"))
+
+    lines = [title, f"  {'':22}{'IoU':>10}{'Dice':>10}{'accuracy':>10}"]
+    lines += [line(name, metrics, name) for name in metrics["iou"]]
+    lines.append(line(f"baseline, {metrics['baseline']['name']}", metrics["baseline"], "mean"))
+    per_image = metrics["per_image_iou"]
+    lines.append(
+        f"  pixel accuracy {_percent(metrics['pixel_accuracy'])}, mean IoU per image {_percent(per_image['mean'])}, "
+        f"of the worst 5 % {_percent(per_image['worst_5_percent'])}; scored at {metrics['score_size']} size"
+    )
+    return "\n".join(lines)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def segment_pictures(model: nn.Module, checkpoint: dict[str, Any], config: TestConfig, device: torch.device) -> None:
+    """Write NAME_mask.png (indexed) and NAME_overlay.jpg for each of `config.images`, at the picture's own size.
+
+    Pictures are turned upright as their EXIF orientation says. Those that cannot be read are named in an InputError
+    after all others are done.
+    """
+    out = (config.out or config.checkpoint.parent / "test") / "images"
+    problems: list[str] = []
+    taken: set[str] = set()
+    paths = list(find_pictures(config.images))
+    for path in tqdm(paths, desc="segment", unit="image", leave=False):
+        try:
+            picture = ImageOps.exif_transpose(load_picture(path)).convert("RGB")
+        except InputError as error:
+            problems.append(str(error))
+            continue
+        stem, copy = path.stem, 1
+        while stem in taken:  # cat.jpg and cat.png, or the same name in two folders
+            copy += 1
+            stem = f"{path.stem}-{copy}"
+        taken.add(stem)
+        classes = segment(model, picture, checkpoint["config"]["image_size"], device)
+        with atomic_path(out / f"{stem}_mask.png") as temporary:
+            encode_label(classes).save(temporary, "PNG")
+        with atomic_path(out / f"{stem}_overlay.jpg") as temporary:
+            Image.fromarray(overlay(np.asarray(picture), classes)).save(temporary, "JPEG", quality=92)
+    print(f"{len(taken)} pictures segmented: {out}")
+    if problems:
+        raise InputError("could not be read:\n  " + "\n  ".join(problems))
+
+
+def find_pictures(paths: Sequence[Path]) -> Iterator[Path]:
+    """The files among `paths`, and every picture below the folders among them; InputError where there is none."""
+    for path in paths:
+        if path.is_dir():
+            below = [
+                file
+                for file in sorted(path.rglob("*"))
+                if file.suffix.lower() in PICTURE_SUFFIXES and file.name[0] != "."
+            ]
+            if not below:
+                raise InputError(f"--images: {path} holds no picture ({', '.join(sorted(PICTURE_SUFFIXES))})")
+            yield from below
+        elif path.is_file():
+            yield path
+        else:
+            raise InputError(f"--images: {path} does not exist")
