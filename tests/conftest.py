@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = ROOT.parent / "shared" / "oxford-pets-sample"  # 600 photographs of Oxford-IIIT Pet in its original layout
@@ -19,7 +22,7 @@ def run(*command: object, cwd: Path | None = None, module: bool = False) -> subp
     """Run a script of the repository as a user would, from another folder and without PYTHONPATH."""
     script, *arguments = map(str, command)
     target = ["-m", script] if module else [str(ROOT / script)]
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, *target, *arguments], cwd=cwd or Path("/"), env=environment, capture_output=True, text=True
     )

@@ -27,12 +27,13 @@ def test_values_and_types():
     assert parse(ScoreConfig, "doc", []).score_size == "native"
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [["--epochs", "0"], ["--epochs", "two"], ["--batch-size", "-1"], ["--lr", "nan"], ["--lr", "-1"], ["--loss", "hinge"],
-     ["--val-fraction", "1"], ["--val-fraction", "0"], ["--device", "tpu"], ["--seed", "-1"], ["--epoch", "3"], ["extra"],
-     ["--image-size", "8"]],
-)  # fmt: skip
+BAD = (
+    "--epochs 0, --epochs two, --batch-size -1, --lr nan, --lr -1, --loss hinge, --val-fraction 1, --val-fraction 0, "
+    "--device tpu, --seed -1, --epoch 3, extra, --image-size 8"
+)
+
+
+@pytest.mark.parametrize("arguments", [text.split() for text in BAD.split(", ")])
 def test_bad_values_end_with_code_2(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         parse(TrainConfig, "doc", arguments)

@@ -36,7 +36,7 @@ def test_grey_copies_hold_the_luma_of_the_palette():
     ],
 )
 def test_values_of_no_class_are_an_error(label):
-    with pytest.raises(InputError, match="no class|mode"):
+    with pytest.raises(InputError, match=r"no class|mode"):
         decode_label(label)
 
 

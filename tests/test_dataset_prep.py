@@ -173,9 +173,10 @@ def png_header(width: int, height: int) -> bytes:
 
 
 DOG = "images/synthetic_dog_1.jpg"
+TRIMAP = "annotations/trimaps/synthetic_dog_1.png"
 DAMAGES = {
-    "image without a label": (lambda b: (b / "annotations/trimaps/synthetic_dog_1.png").unlink(), DOG, "without a label"),
-    "label without an image": (lambda b: (b / DOG).unlink(), "annotations/trimaps/synthetic_dog_1.png", "without an image"),
+    "image without a label": (lambda b: (b / TRIMAP).unlink(), DOG, "without a label"),
+    "label without an image": (lambda b: (b / DOG).unlink(), TRIMAP, "without an image"),
     "truncated": (lambda b: (b / DOG).write_bytes((b / DOG).read_bytes()[:2000]), DOG, "truncated"),
     "zero bytes": (lambda b: (b / DOG).write_bytes(b""), DOG, "an empty file"),
     "no picture": (lambda b: (b / DOG).write_text("not a picture at all"), DOG, "not a picture"),
@@ -185,7 +186,7 @@ DAMAGES = {
     "unknown value": (lambda b: spoil_label(b, "synthetic_dog_1", lambda p: np.where(p == 3, 9, p).astype(np.uint8)),
                       DOG, "values [9]"),
     "no pet": (lambda b: spoil_label(b, "synthetic_dog_1", lambda p: np.full_like(p, 2)), DOG, "no pet"),
-    "label is no picture": (lambda b: (b / "annotations/trimaps/synthetic_dog_1.png").write_bytes(b"x"),
+    "label is no picture": (lambda b: (b / TRIMAP).write_bytes(b"x"),
                             DOG, "its label is not a picture"),
     "in no list": (lambda b: unlist(b, "synthetic_dog_1", "trainval"), DOG, "in no list"),
     "unreadable line": (lambda b: (b / "annotations/test.txt").open("a").write("a_dog one two\n"),

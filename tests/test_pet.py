@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import shutil
 from pathlib import Path
@@ -76,7 +75,7 @@ def test_cache_is_made_once_and_anew_when_the_data_change(base):
     assert Cache(records, 24).path.stat().st_mtime_ns == made
 
     Image.fromarray(np.zeros((30, 30, 3), np.uint8)).save(records[0].image.with_suffix(".new.jpg"))
-    os.replace(records[0].image.with_suffix(".new.jpg"), records[0].image)
+    records[0].image.with_suffix(".new.jpg").replace(records[0].image)
     other = Cache(records, 24)
     assert other.path != cache.path and not cache.path.exists(), "the outdated cache goes"
     assert other[0][0].max() == 0

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-
 # Pillow warns above its limit and raises above twice that; `load_picture` raises above it, and says what to do.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
