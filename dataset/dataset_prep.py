@@ -42,7 +42,15 @@ from tqdm import tqdm
 from utils.config import run_script
 from utils.dataset import SPECIES, decode_label, decode_trimap, encode_label
 from utils.dataset_prep import draw_points
-from utils.files import InputError, atomic_path, load_picture, read_json, write_bytes, write_json
+from utils.files import (
+    InputError,
+    atomic_path,
+    load_picture,
+    read_json,
+    remove_leftovers,
+    write_bytes,
+    write_json,
+)
 
 VERSION = 1  # raise when the prepared files change: makes every folder prepare itself anew
 SPLITS = ("TrainVal", "Test")
@@ -141,6 +149,8 @@ def prepare(base: Path, *, processes: int = 1, seed: int = 0) -> tuple[dict, boo
 
     # Without its report a folder counts as not prepared, so a run that is cut short is never taken for a finished one.
     (base / REPORT).unlink(missing_ok=True)
+    for split in SPLITS:
+        remove_leftovers(base / split)
     outcomes = list(tqdm(_process_all(base, source.pairs, processes, seed), "prepare", len(source.pairs), unit="image"))
     _leave_out_copies(outcomes)
     kept = [outcome for outcome in outcomes if not outcome.reason]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +20,9 @@ from tqdm import tqdm
 
 from dataset.augmentation import augment, train_transform
 from utils.dataset import CLASSES, SPECIES, decode_label, resize_image, resize_mask
-from utils.files import InputError, atomic_path, load_picture, read_json
+from utils.files import InputError, atomic_path, load_picture, read_json, remove_leftovers
+
+log = logging.getLogger(__name__)
 
 CACHE_VERSION = 1  # raise when what a cache holds changes
 
@@ -84,6 +88,7 @@ class Cache:
         self.path = folder / f"{prefix}{key}.u8"
         self._pixels: np.memmap | None = None
         if not self.path.exists():
+            remove_leftovers(folder, idle_seconds=600)  # a younger one may be another process's, at work
             self._build(records)
             for outdated in folder.glob(f"{prefix}*.u8"):
                 if outdated != self.path:
@@ -240,6 +245,10 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _leave_ctrl_c_to_the_parent(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def make_loader(dataset: Dataset, batches: EpochBatches, workers: int) -> DataLoader:
     """A DataLoader over `batches`; `loader.batch_sampler.set_epoch` changes the epoch."""
     workers = min(workers, len(batches), os.cpu_count() or 1)
@@ -250,6 +259,7 @@ def make_loader(dataset: Dataset, batches: EpochBatches, workers: int) -> DataLo
         collate_fn=collate,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_leave_ctrl_c_to_the_parent,
         # Its own generator: the loader draws from it, and the model's random stream must not depend on the workers.
         generator=torch.Generator(),
     )
@@ -263,6 +273,8 @@ def make_train_loaders(
     InputError when there are fewer training images than a batch.
     """
     records = find_records(config.data, "TrainVal", config.limit)
+    if is_synthetic(config.data):
+        log.info("%s holds synthetic drawings: scores on them compare with nothing", config.data)
     train, val = split_records(records, config.val_fraction, config.seed)
     samples = balance(records, train)
     if len(samples) < config.batch_size * world:

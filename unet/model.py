@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from utils.layers import DoubleConv, Normalize, UpBlock
+from utils.layers import ClassHead, DoubleConv, Normalize, UpBlock
 
 # Mean and standard deviation of ImageNet's pixels, close to those of any set of photographs.
 MEAN = (0.485, 0.456, 0.406)
@@ -29,7 +29,7 @@ class UNet(nn.Module):
         self.decoder = nn.ModuleList(
             UpBlock(below, level, skip_channels=level) for below, level in zip(channels[:0:-1], channels[-2::-1])
         )
-        self.head = nn.Conv2d(base_channels, num_classes, 1)
+        self.head = ClassHead(base_channels, num_classes)
 
     def forward(self, image: Tensor) -> Tensor:
         height, width = image.shape[-2:]

@@ -140,7 +140,8 @@ def from_json(config_class: type, values: dict, *, source: Path) -> dict:
 def run_script(main: Callable[[], int | None]) -> None:
     """Run a script's `main`: InputError becomes one line on stderr and exit code 1, Ctrl-C exit code 130."""
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("utils").setLevel(logging.INFO)  # our own news, not the libraries'
+    for package in ("utils", "dataset"):  # our own news, not the libraries'
+        logging.getLogger(package).setLevel(logging.INFO)
     try:
         sys.exit(main())
     except InputError as error:

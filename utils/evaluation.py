@@ -111,9 +111,9 @@ def score(
         "config": to_json(config),
         "environment": describe_environment(device),
     }
-    note = " (synthetic drawings: compares with nothing)" if synthetic else ""
+    note = "synthetic drawings: the scores compare with nothing" if synthetic else ""
     write_json(out / "metrics.json", metrics)
-    plot_confusion(out / "confusion.png", evaluation.total.counts.numpy(), CLASSES)
+    plot_confusion(out / "confusion.png", evaluation.total.counts.numpy(), CLASSES, note)
 
     image_iou = evaluation.image_iou()
     rows = []
@@ -123,12 +123,9 @@ def score(
         classes = segment(model, photo, checkpoint["config"]["image_size"], device)
         caption = f"{rank}: {record.name}\nmean IoU {image_iou[index]:.2f}"
         rows.append((caption, np.asarray(photo), record.load_label(), classes))
-    plot_predictions(out / "predictions.png", rows)
-    print(
-        format_scores(
-            metrics, f"{config.checkpoint} on {metrics['images']} images of {config.data / config.split}{note}"
-        )
-    )
+    plot_predictions(out / "predictions.png", rows, note)
+    title = f"{config.checkpoint} on {metrics['images']} images of {config.data / config.split}"
+    print(format_scores(metrics, f"{title} ({note})" if note else title))
     print(f"{out / 'metrics.json'}\n{out / 'confusion.png'}\n{out / 'predictions.png'}")
     return metrics
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path, *, idle_seconds: float = 0) -> None:
+    """Delete the temporary files that killed processes left below `folder`, if untouched for `idle_seconds`."""
+    for path in folder.rglob(".*.tmp"):
+        if time.time() - path.stat().st_mtime >= idle_seconds:
+            path.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

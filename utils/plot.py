@@ -51,7 +51,7 @@ def plot_curves(path: Path, rows: Sequence[dict[str, float]]) -> None:
     save_figure(figure, path)
 
 
-def plot_confusion(path: Path, counts: np.ndarray, class_names: Sequence[str]) -> None:
+def plot_confusion(path: Path, counts: np.ndarray, class_names: Sequence[str], title: str = "") -> None:
     """The confusion matrix (C, C), row = truth: share of each true class, and millions of pixels."""
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     size = len(class_names)
@@ -71,11 +71,14 @@ def plot_confusion(path: Path, counts: np.ndarray, class_names: Sequence[str]) -
         xlabel="predicted class",
         ylabel="true class",
     )
+    axis.set_title(title, fontsize=9)
     figure.colorbar(image, ax=axis, label="share of the true class", shrink=0.8)
     save_figure(figure, path)
 
 
-def plot_predictions(path: Path, rows: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray]]) -> None:
+def plot_predictions(
+    path: Path, rows: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray]], title: str = ""
+) -> None:
     """A row per example: photograph (H, W, 3), truth and prediction (H, W) laid over it, its caption on the left."""
     figure = Figure(figsize=(8, 2.1 * len(rows) + 0.4), layout="constrained")
     axes = figure.subplots(len(rows), 3, squeeze=False)
@@ -85,8 +88,9 @@ def plot_predictions(path: Path, rows: Sequence[tuple[str, np.ndarray, np.ndarra
             axis.imshow(picture)
             axis.set(xticks=[], yticks=[])
         row[0].set_ylabel(caption, rotation=0, ha="right", va="center", fontsize=8)
-    for axis, title in zip(axes[0], ("photograph", "truth", "prediction")):
-        axis.set_title(title, fontsize=10)
+    for axis, heading in zip(axes[0], ("photograph", "truth", "prediction")):
+        axis.set_title(heading, fontsize=10)
+    figure.suptitle(title, fontsize=9)
     handles = [
         Patch(facecolor=tint(value), edgecolor="#777777", label=label)
         for value, label in ((1, CLASSES[1]), (2, CLASSES[2]), (IGNORE, "boundary, not scored"))

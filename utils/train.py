@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from utils.config import TrainConfig, to_json
 from utils.dataset import CLASSES
-from utils.files import InputError, read_json, write_bytes, write_json
+from utils.files import InputError, read_json, remove_leftovers, write_bytes, write_json
 from utils.helper import (
     describe_environment,
     load_checkpoint,
@@ -185,6 +185,7 @@ def fit(
         save_checkpoint(out / "last.pt", checkpoint(epoch, scores) | state)
 
     if is_main:
+        remove_leftovers(out)
         environment = describe_environment(device) | {"processes": accelerator.num_processes}
         write_json(out / "config.json", to_json(config) | {"model_args": model_args, "environment": environment})
         write_json(out / "split.json", split)
