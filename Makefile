@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 DEMO := demo
 
-.PHONY: demo test lint bench clean
+.PHONY: install demo test lint bench clean
 
 demo: $(READY)
 	$(BIN)/python dataset/dataset_prep.py $(DEMO)/data --synthetic 480
@@ -12,6 +12,8 @@ demo: $(READY)
 	$(BIN)/python unet/train.py --data $(DEMO)/data --out $(DEMO)/unet --device cpu \
 		--image-size 96 --base-channels 16 --batch-size 16 --lr 1e-3 --epochs 16 --patience 0
 	$(BIN)/python unet/test.py --data $(DEMO)/data --checkpoint $(DEMO)/unet/best.pt --device cpu
+
+install: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest

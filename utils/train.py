@@ -259,7 +259,7 @@ def train_epoch(
     """One pass over `loader`; returns the mean loss per image and the number of images, over all processes."""
     model.train()
     loader.batch_sampler.set_epoch(epoch)
-    totals = torch.zeros(2, device=accelerator.device)  # loss, images
+    loss_sum, images = torch.zeros((), device=accelerator.device), 0
     with tqdm(
         total=loader.batch_sampler.samples,
         desc=f"epoch {epoch}/{config.epochs}",
@@ -273,15 +273,16 @@ def train_epoch(
             output = step(model, batch)
             accelerator.backward(output.loss)
             optimizer.step()
-            images = len(batch["image"])
-            totals += torch.stack([output.loss.detach() * images, totals.new_tensor(images)])
+            size = len(batch["image"])
+            loss_sum += output.loss.detach() * size
+            images += size
             # The bar redraws ten times a second at most; only then is the device asked for a value, which waits for it.
-            if bar.update(images * accelerator.num_processes):
-                check_finite(totals[0].item(), f"training loss in epoch {epoch}", config)
-                bar.set_postfix(loss=f"{(totals[0] / totals[1]).item():.4f}", refresh=False)
-    loss, images = accelerator.reduce(totals, "sum").tolist()
-    check_finite(loss, f"training loss in epoch {epoch}", config)
-    return loss / images, int(images)
+            if bar.update(size * accelerator.num_processes):
+                check_finite(loss_sum.item(), f"training loss in epoch {epoch}", config)
+                bar.set_postfix(loss=f"{loss_sum.item() / images:.4f}", refresh=False)
+    total_loss, total_images = accelerator.reduce(torch.stack([loss_sum, loss_sum.new_tensor(images)]), "sum").tolist()
+    check_finite(total_loss, f"training loss in epoch {epoch}", config)
+    return total_loss / total_images, int(total_images)
 
 
 def check_finite(loss: float, what: str, config: TrainConfig) -> None:

@@ -1,0 +1,25 @@
+"""The README speaks of what is there."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+
+from tests.conftest import ROOT
+from unet.train import Config as UNetConfig
+from utils.config import TestConfig as ScoreConfig
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_every_flag_is_described():
+    for config in (UNetConfig, ScoreConfig):
+        for field in fields(config):
+            assert f"`--{field.name.replace('_', '-')}" in README, field.name
+
+
+def test_links_and_paths_exist():
+    for path in re.findall(r"\]\(((?!http)[^)]+)\)", README):
+        assert (ROOT / path).exists(), path
+    for path in re.findall(r"python ((?:unet|dataset|benchmarks)/\w+\.py)", README):
+        assert (ROOT / path).exists(), path
