@@ -10,7 +10,7 @@ demo: $(READY)
 	$(BIN)/python dataset/dataset_prep.py $(DEMO)/data --synthetic 480
 	rm -rf $(DEMO)/unet
 	$(BIN)/python unet/train.py --data $(DEMO)/data --out $(DEMO)/unet --device cpu \
-		--image-size 96 --base-channels 16 --batch-size 16 --lr 1e-3 --epochs 16 --patience 0
+		--image-size 96 --base-channels 16 --batch-size 8 --lr 1e-3 --epochs 18 --patience 0
 	$(BIN)/python unet/test.py --data $(DEMO)/data --checkpoint $(DEMO)/unet/best.pt --device cpu
 
 install: $(READY)

@@ -43,6 +43,7 @@ from utils.config import run_script
 from utils.dataset import SPECIES, decode_label, decode_trimap, encode_label
 from utils.dataset_prep import draw_points
 from utils.files import (
+    PICTURE_SUFFIXES,
     InputError,
     atomic_path,
     load_picture,
@@ -54,7 +55,6 @@ from utils.files import (
 
 VERSION = 1  # raise when the prepared files change: makes every folder prepare itself anew
 SPLITS = ("TrainVal", "Test")
-PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"}
 FOLDERS = {value: folder for folder, value in SPECIES.items()}  # class -> folder name
 REPORT = "prep_report.json"
 

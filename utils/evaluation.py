@@ -19,14 +19,12 @@ from tqdm import tqdm
 
 from utils.config import TestConfig, to_json
 from utils.dataset import CLASSES, encode_label, overlay, resize_image
-from utils.files import InputError, atomic_path, load_picture, write_json
+from utils.files import PICTURE_SUFFIXES, InputError, atomic_path, load_picture, write_json
 from utils.helper import describe_environment, to_device
 from utils.metric import ConfusionMatrix, count_confusion, nan_mean, predict
 from utils.plot import plot_confusion, plot_predictions
 
 log = logging.getLogger(__name__)
-
-PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"}
 
 
 @dataclass

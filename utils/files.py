@@ -16,6 +16,9 @@ from PIL import Image, UnidentifiedImageError
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
+PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"}
+
+
 class InputError(Exception):
     """Something the user can mend: an argument, a file, a shape. Scripts print its text and exit with 1."""
 
