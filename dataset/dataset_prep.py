@@ -9,6 +9,7 @@ label/). The originals stay as they are; the prepared files lie beside them:
   BASE_DIR/{TrainVal,Test}/label/{cats,dogs}/NAME.png   indexed: 0 background, 1 cat, 2 dog, 255 boundary
   BASE_DIR/{TrainVal,Test}/points.csv                   name, class, x, y: one click in the pet, one beside it
   BASE_DIR/prep_report.json                             counts, and every file left out with the reason
+  BASE_DIR/stale/                                       prepared files that no longer belong to the data, if any
 
 Exit code 0: prepared. 1: nothing usable, or --strict and something was left out. 2: wrong arguments.
 """
@@ -19,10 +20,12 @@ import argparse
 import csv
 import hashlib
 import io
+import multiprocessing
 import os
 import shutil
 import signal
 import sys
+import threading
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -40,7 +43,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from utils.config import run_script
-from utils.dataset import SPECIES, decode_label, decode_trimap, encode_label
+from utils.dataset import SPECIES, decode_label, decode_trimap, encode_label, to_rgb
 from utils.dataset_prep import draw_points
 from utils.files import (
     PICTURE_SUFFIXES,
@@ -57,6 +60,7 @@ VERSION = 1  # raise when the prepared files change: makes every folder prepare 
 SPLITS = ("TrainVal", "Test")
 FOLDERS = {value: folder for folder, value in SPECIES.items()}  # class -> folder name
 REPORT = "prep_report.json"
+ANNOTATIONS = ("list.txt", "trainval.txt", "test.txt", "trimaps")  # what makes the original layout complete
 
 
 @dataclass
@@ -99,7 +103,9 @@ def main(argv: list[str] | None = None) -> int:
     origin.add_argument("--download", action="store_true", help="fetch the Oxford-IIIT Pet data into BASE_DIR first")
     origin.add_argument("--synthetic", type=int, metavar="N", help="draw N synthetic pets into BASE_DIR first")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
-    parser.add_argument("--strict", action="store_true", help="exit with 1 when anything was left out")
+    parser.add_argument(
+        "--strict", action="store_true", help="exit with 1 when anything was left out (of the original data: some is)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seeds the points and the synthetic pets (default: 0)")
     args = parser.parse_args(argv)
     base: Path = args.base_dir
@@ -140,21 +146,28 @@ def prepare(base: Path, *, processes: int = 1, seed: int = 0) -> tuple[dict, boo
     old = read_json(base / REPORT) if (base / REPORT).exists() else None
     source = find_source(base)
     if source is None:
-        if old is not None:  # prepared elsewhere and copied here without its originals
-            return old, False
-        raise InputError(_no_layout(base))
+        if old is None:
+            raise InputError(_no_layout(base))
+        # Prepared elsewhere and copied here without its originals.
+        present = Counter(path.relative_to(base).parts[0] for path in _prepared_files(base))
+        expected = {split: 2 * sum(counts.values()) for split, counts in old["counts"].items()}
+        if any(present[split] != expected[split] for split in SPLITS):
+            raise InputError(f"{base} holds {dict(present)} prepared files, expected {expected}: copy it again, whole")
+        return old, False
     fingerprint = _fingerprint(base, source, seed)
     if old is not None and old.get("fingerprint") == fingerprint:
         return old, False
 
     # Without its report a folder counts as not prepared, so a run that is cut short is never taken for a finished one.
     (base / REPORT).unlink(missing_ok=True)
-    for split in SPLITS:
-        remove_leftovers(base / split)
+    for folder in [
+        base / split / kind / species for split in SPLITS for kind in ("color", "label") for species in SPECIES
+    ]:
+        remove_leftovers(folder)
     outcomes = list(tqdm(_process_all(base, source.pairs, processes, seed), "prepare", len(source.pairs), unit="image"))
     _leave_out_copies(outcomes)
     kept = [outcome for outcome in outcomes if not outcome.reason]
-    _set_aside_strays(base, kept)
+    set_aside = _set_aside_strays(base, kept)
     for split in SPLITS:
         _write_points(base / split / "points.csv", [outcome for outcome in kept if outcome.pair.split == split])
 
@@ -176,6 +189,7 @@ def prepare(base: Path, *, processes: int = 1, seed: int = 0) -> tuple[dict, boo
         "warnings": [
             f"{split} holds no {folder}" for split in SPLITS for folder in SPECIES if not counts[split][folder]
         ],
+        "set_aside": set_aside,
         "left_out": [{"file": file, "reason": reason} for file, reason in sorted(left_out)],
         "converted": [
             {"file": _relative(outcome.pair.image, base), "reason": outcome.converted}
@@ -199,10 +213,13 @@ def find_source(base: Path) -> Source | None:
 
 def _find_original(base: Path) -> Source:
     annotations = base / "annotations"
+    for name in ANNOTATIONS:
+        if not (annotations / name).exists():
+            raise InputError(
+                f"{annotations / name} is missing: unpack annotations.tar.gz again, "
+                f"or move {annotations} away and run with --download"
+            )
     lists = {name: annotations / f"{name}.txt" for name in ("list", "trainval", "test")}
-    for path in [annotations / "trimaps", *lists.values()]:
-        if not path.exists():
-            raise InputError(f"{path} is missing: unpack annotations.tar.gz again, or run with --download")
     source = Source("original", files=list(lists.values()))
     images = _by_stem(source, base / "images", base)
     trimaps = _by_stem(source, annotations / "trimaps", base)
@@ -235,11 +252,15 @@ def _find_original(base: Path) -> Source:
 
 def _find_report(base: Path) -> Source:
     source = Source("report")
+    in_test = {path.stem for path in _visible_files(base / "Test" / "color")}
     for split in SPLITS:
         images = _by_stem(source, base / split / "color", base)
         labels = _by_stem(source, base / split / "label", base)
         for name, path in images.items():
-            if name in labels:
+            if split == "TrainVal" and name in in_test:
+                reason = "also in Test and kept there only, so that Test is never trained on; rename it if it differs"
+                source.left_out.append((_relative(path, base), reason))
+            elif name in labels:
                 source.pairs.append(Pair(name, split, path, labels[name]))
             else:
                 source.left_out.append((_relative(path, base), "image without a label"))
@@ -254,7 +275,9 @@ def _by_stem(source: Source, folder: Path, base: Path) -> dict[str, Path]:
     pictures: dict[str, Path] = {}
     for path in _visible_files(folder):
         source.files.append(path)
-        if path.suffix.lower() not in PICTURE_SUFFIXES:
+        if not _is_utf8(path.name):
+            source.left_out.append((ascii(_relative(path, base)), "name is not valid UTF-8; rename it"))
+        elif path.suffix.lower() not in PICTURE_SUFFIXES:
             source.left_out.append((_relative(path, base), f"not a picture by its suffix {path.suffix!r}"))
         elif path.stem in pictures:
             source.left_out.append((_relative(path, base), f"same name as {pictures[path.stem].name}"))
@@ -263,10 +286,18 @@ def _by_stem(source: Source, folder: Path, base: Path) -> dict[str, Path]:
     return pictures
 
 
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # Python stands in for other bytes with lone surrogates
+        return False
+    return True
+
+
 def _read_list(source: Source, path: Path, base: Path) -> dict[str, int | None]:
     """Species by name from lines `NAME CLASS-ID SPECIES BREED-ID`; None where a line holds the name alone."""
     names: dict[str, int | None] = {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), start=1):
         fields = line.split()
         if not fields or line.startswith("#"):
             continue
@@ -291,14 +322,24 @@ def _process_all(base: Path, pairs: list[Pair], processes: int, seed: int) -> It
     if processes == 1:
         yield from map(work, pairs)
         return
-    # Ctrl-C reaches the whole process group: the workers ignore it and are told to stop by the parent.
-    pool = ProcessPoolExecutor(processes, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    pool = ProcessPoolExecutor(processes, initializer=_start_worker)
     try:
         yield from pool.map(work, pairs, chunksize=8)
     except BrokenProcessPool:
         raise InputError("a worker process was killed (out of memory?): run again with --processes 1") from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    # Ctrl-C reaches the whole process group: the workers leave it to the parent, which stops them ...
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def follow_parent() -> None:  # ... and do not outlive it when it is killed
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow_parent, daemon=True).start()
 
 
 def process_pair(pair: Pair, *, base: Path, seed: int) -> Outcome:
@@ -317,13 +358,17 @@ def process_pair(pair: Pair, *, base: Path, seed: int) -> Outcome:
 
     folder = FOLDERS[species[0]]
     prepared = base / pair.split / "color" / folder / f"{pair.name}.jpg"
-    rgb = image if image.mode == "RGB" else image.convert("RGB")
+    rgb = to_rgb(image)
     converted = ""
     if image.format == "JPEG":
         _link(pair.image, prepared)
     else:
         converted = f"is a {image.format} picture ({image.mode}); converted to JPEG"
-        _write_if_changed(prepared, _encode(rgb, "JPEG", quality=95, subsampling=0))
+        try:
+            content = _encode(rgb, "JPEG", quality=95, subsampling=0)
+        except OSError as error:  # no disk is involved: the picture has more than 65535 pixels on an edge
+            return Outcome(pair, f"cannot be saved as JPEG ({error})")
+        _write_if_changed(prepared, content)
     # Level 1 is a third of the default's time; labels stay a few kB.
     _write_if_changed(
         base / pair.split / "label" / folder / f"{pair.name}.png",
@@ -346,16 +391,21 @@ def _leave_out_copies(outcomes: Iterable[Outcome]) -> None:
             outcome.reason = f"same picture as {first.split} {first.name}"
 
 
-def _set_aside_strays(base: Path, kept: list[Outcome]) -> None:
-    """Move prepared files that are not part of this preparation to BASE_DIR/stale/ (never delete: one could be the
-    last copy of an original that is gone)."""
+def _set_aside_strays(base: Path, kept: list[Outcome]) -> list[str]:
+    """Move prepared files that are not part of this preparation to BASE_DIR/stale/, and name them. Never delete: one
+    could be the last copy of an original that is gone."""
+    moved = []
     expected = {(outcome.pair.split, outcome.folder, outcome.pair.name) for outcome in kept}
     for path in _prepared_files(base):
         split, _, folder, file = path.relative_to(base).parts
         if (split, folder, Path(file).stem) not in expected:
             target = base / "stale" / path.relative_to(base)
             target.parent.mkdir(parents=True, exist_ok=True)
+            while target.exists():
+                target = target.with_name(f"{target.stem}~{target.suffix}")
             path.replace(target)
+            moved.append(_relative(path, base))
+    return moved
 
 
 def _prepared_files(base: Path) -> list[Path]:
@@ -414,7 +464,7 @@ def _relative(path: Path, base: Path) -> str:
 
 def download(base: Path) -> None:
     """Fetch and unpack the Oxford-IIIT Pet data (800 MB) into `base`; torchvision knows the addresses and checksums."""
-    if (base / "images").is_dir() and (base / "annotations").is_dir():
+    if (base / "images").is_dir() and all((base / "annotations" / name).exists() for name in ANNOTATIONS):
         return
     from torchvision.datasets import OxfordIIITPet
 
@@ -430,7 +480,8 @@ def download(base: Path) -> None:
             f"https://www.robots.ox.ac.uk/~vgg/data/pets/ yourself, unpack both in {base} and run without --download."
         ) from error
     for name in ("annotations", "images"):  # images last: only then is the layout complete
-        (unpacked / name).replace(base / name)
+        if not (base / name).exists():
+            (unpacked / name).replace(base / name)
     shutil.rmtree(partial_folder)
 
 
@@ -445,6 +496,10 @@ def summary(base: Path, report: dict, fresh: bool) -> str:
         lines.append(f"  {split:9}" + ", ".join(f"{count} {folder}" for folder, count in counts.items()))
     lines += [f"  warning: {warning}; training and a fair test need both species" for warning in report["warnings"]]
     lines += [f"  converted: {row['file']}: {row['reason']}" for row in report["converted"][:20]]
+    if report["set_aside"]:
+        lines.append(
+            f"  moved to {base / 'stale'}: {len(report['set_aside'])} prepared files that no longer belong here"
+        )
     if report["left_out"]:
         kinds = Counter(row["reason"] for row in report["left_out"])
         lines.append(f"  left out: {len(report['left_out'])} (all of them in {base / REPORT})")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -38,7 +39,10 @@ class Record:
 
     def load_label(self) -> np.ndarray:
         """Classes (H, W) uint8 at the photograph's own size."""
-        return decode_label(load_picture(self.label))
+        try:
+            return decode_label(load_picture(self.label))
+        except InputError as error:
+            raise InputError(f"{self.label}: {error}. Run dataset/dataset_prep.py again") from error
 
 
 def find_records(base_dir: Path, split: str, limit: int | None = None) -> list[Record]:
@@ -47,10 +51,20 @@ def find_records(base_dir: Path, split: str, limit: int | None = None) -> list[R
     InputError when `base_dir` is not prepared, or an image has lost its label.
     """
     if not (base_dir / "prep_report.json").is_file():
-        raise InputError(f"{base_dir} is not prepared. Run: python dataset/dataset_prep.py {base_dir}")
+        raise InputError(
+            f"{base_dir.absolute()} is not prepared. Run: python dataset/dataset_prep.py {base_dir} "
+            "(--download fetches the data)"
+        )
     records = []
     for folder, species in SPECIES.items():
-        for image in sorted((base_dir / split / "color" / folder).glob("*.jpg")):
+        images = [path for path in (base_dir / split / "color" / folder).glob("*.jpg") if path.name[0] != "."]
+        expected = read_json(base_dir / "prep_report.json")["counts"][split][folder]
+        if len(images) != expected:
+            raise InputError(
+                f"{base_dir / split / 'color' / folder} holds {len(images)} images, prepared were {expected}. "
+                f"Copy the folder again, or run: python dataset/dataset_prep.py {base_dir}"
+            )
+        for image in images:
             label = base_dir / split / "label" / folder / f"{image.stem}.png"
             if not label.is_file():
                 raise InputError(f"{image} has no label {label}. Run: python dataset/dataset_prep.py {base_dir}")
@@ -87,7 +101,7 @@ class Cache:
         prefix = f"{split_dir.name}-{len(records)}x{size}-"
         self.path = folder / f"{prefix}{key}.u8"
         self._pixels: np.memmap | None = None
-        if not self.path.exists():
+        if not self.path.exists() or self.path.stat().st_size != math.prod(self.shape):  # a copy may be cut short
             remove_leftovers(folder, idle_seconds=600)  # a younger one may be another process's, at work
             self._build(records)
             for outdated in folder.glob(f"{prefix}*.u8"):
@@ -208,7 +222,8 @@ def balance(records: Sequence[Record], indices: Sequence[int]) -> list[int]:
 class EpochBatches(Sampler[list[tuple[int, int]]]):
     """Batches of (epoch, sample) keys: every sample once per epoch, in an order that depends on (seed, epoch) alone.
 
-    With several processes, `rank` of `world` takes every world-th key of each batch of `batch_size * world`.
+    With several processes, `rank` of `world` takes every world-th key of each batch of `batch_size * world`. All have
+    the same number of batches: a rest too small for each to have a part of it joins the batch before.
     """
 
     def __init__(self, samples: int, batch_size: int, *, shuffle: bool, seed: int = 0, rank: int = 0, world: int = 1):
@@ -224,15 +239,17 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return -(-self.samples // (self.batch_size * self.world))
+        whole, rest = divmod(self.samples, self.batch_size * self.world)
+        return max(whole + (rest >= self.world), int(self.rank < self.samples))
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = np.arange(self.samples)
         if self.shuffle:
             order = np.random.default_rng([self.seed, self.epoch]).permutation(self.samples)
         step = self.batch_size * self.world
-        for start in range(0, self.samples, step):
-            yield [(self.epoch, int(sample)) for sample in order[start : start + step][self.rank :: self.world]]
+        for number in range(len(self)):
+            stop = (number + 1) * step if number + 1 < len(self) else self.samples
+            yield [(self.epoch, int(sample)) for sample in order[number * step : stop][self.rank :: self.world]]
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:

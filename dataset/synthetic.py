@@ -31,9 +31,8 @@ def draw_dataset(base: Path, count: int, *, seed: int = 0) -> None:
     annotations = base / "annotations"
     if (base / MARKER).exists():
         if (base / MARKER).read_text() != marker:
-            raise InputError(
-                f"--synthetic: {base} holds {(base / MARKER).read_text().split('.')[0]}; use another folder"
-            )
+            held = (base / MARKER).read_text().split(". ")[0]
+            raise InputError(f"--synthetic: {base} holds {held}, not {drawing}; use another folder")
         if (annotations / "test.txt").exists():
             return
     elif any((base / name).exists() for name in ("images", "annotations", "TrainVal", "Test")):

@@ -29,7 +29,7 @@ def test_values_and_types():
 
 BAD = (
     "--epochs 0, --epochs two, --batch-size -1, --lr nan, --lr -1, --loss hinge, --val-fraction 1, --val-fraction 0, "
-    "--device tpu, --seed -1, --epoch 3, extra, --image-size 8"
+    "--device tpu, --seed -1, --epoch 3, extra, --image-size 16, --lr inf, --seed 4294967296"
 )
 
 
@@ -55,6 +55,8 @@ def test_resume_takes_the_settings_of_the_run(tmp_path):
     assert parse(TrainConfig, "doc", ["--out", str(tmp_path), "--resume", "--lr", "0.5"]).lr == 0.5
     with pytest.raises(InputError, match=r"--lr is 0\.5 in the run, got 0\.25"):
         parse(TrainConfig, "doc", ["--out", str(tmp_path), "--resume", "--lr", "0.25"])
+    moved = tmp_path.rename(tmp_path.with_name("moved"))
+    assert parse(TrainConfig, "doc", ["--out", str(moved), "--resume"]).out == moved
     with pytest.raises(InputError, match="holds no run"):
         parse(TrainConfig, "doc", ["--out", str(tmp_path / "none"), "--resume"])
 

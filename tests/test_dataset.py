@@ -40,6 +40,16 @@ def test_values_of_no_class_are_an_error(label):
         decode_label(label)
 
 
+def test_indexed_labels_with_a_palette_of_their_own_are_read_by_color():
+    classes = np.array([[0, 2, 2], [IGNORE, 1, 0]], np.uint8)
+    numbered_anew = encode_label(classes).convert("RGB").quantize(8)
+    assert not np.array_equal(np.asarray(numbered_anew), classes)
+    np.testing.assert_array_equal(decode_label(numbered_anew), classes)
+    other = Image.fromarray(classes)
+    other.putpalette([7] * 768)  # colors that mean nothing: the indices count
+    np.testing.assert_array_equal(decode_label(other), classes)
+
+
 def test_trimap():
     trimap = Image.fromarray(np.array([[1, 2, 3]], np.uint8))
     assert decode_trimap(trimap, 1).tolist() == [[1, 0, IGNORE]]

@@ -124,6 +124,9 @@ def test_copy_without_its_originals_counts_as_prepared(base, tmp_path):
     shutil.rmtree(base / "annotations")
     report, fresh = prepare(base)
     assert not fresh and report["counts"]["TrainVal"]["cats"] == 4
+    (base / "Test/color/cats/Synthetic_cat_2.jpg").unlink()
+    with pytest.raises(InputError, match="copy it again, whole"):
+        prepare(base)
 
 
 def test_prepared_files_without_an_original_are_set_aside_not_deleted(base):
@@ -134,6 +137,12 @@ def test_prepared_files_without_an_original_are_set_aside_not_deleted(base):
     assert report["counts"]["TrainVal"]["dogs"] == 7
     assert not (base / "TrainVal/color/dogs/synthetic_dog_1.jpg").exists()
     assert (base / "stale/TrainVal/color/dogs/synthetic_dog_1.jpg").read_bytes() == content
+    assert "TrainVal/color/dogs/synthetic_dog_1.jpg" in report["set_aside"]
+
+    Image.new("RGB", (9, 9)).save(base / "TrainVal/color/dogs/synthetic_dog_1.jpg")  # another stray of that name
+    prepare(base)
+    assert (base / "stale/TrainVal/color/dogs/synthetic_dog_1.jpg").read_bytes() == content
+    assert (base / "stale/TrainVal/color/dogs/synthetic_dog_1~.jpg").exists()
 
 
 def test_without_hard_links_files_are_copied(base, monkeypatch):
@@ -233,6 +242,23 @@ def test_the_same_picture_twice_in_trainval_is_kept_once(base):
     assert list(left_out(base).values()) == ["same picture as TrainVal synthetic_dog_1"]
 
 
+def test_the_same_name_in_both_splits_of_the_report_layout_stays_in_test_only(prepared, tmp_path):
+    base = to_report_layout(prepared, tmp_path / "base")
+    Image.open(base / "Test/color/synthetic_dog_2.jpg").save(base / "TrainVal/color/synthetic_dog_2.jpg", quality=50)
+    shutil.copy(base / "Test/label/synthetic_dog_2.png", base / "TrainVal/label")
+    assert "also in Test" in left_out(base)["TrainVal/color/synthetic_dog_2.jpg"]
+    assert (base / "Test/color/dogs/synthetic_dog_2.jpg").exists()
+
+
+def test_names_and_lists_in_another_encoding(base):
+    (base / DOG).rename(base / "images" / os.fsdecode(b"caf\xe9.jpg"))
+    with (base / "annotations/test.txt").open("ab") as file:
+        file.write(b"caf\xe9 2 2 2\n")
+    reasons = left_out(base)
+    assert any("not valid UTF-8" in reason for reason in reasons.values())
+    assert run("dataset/dataset_prep.py", base).returncode == 0
+
+
 def test_both_species_in_one_label(prepared, tmp_path):
     base = to_report_layout(prepared, tmp_path / "base")
     path = base / "Test/label/synthetic_dog_2.png"
@@ -253,6 +279,14 @@ def test_pictures_under_a_wrong_suffix_are_converted(base):
     assert stored.format == "JPEG" and stored.mode == "RGB"
     assert np.abs(np.asarray(stored).astype(int) - rgb).mean() < 3
     assert (base / DOG).read_bytes() == original
+
+
+def test_sixteen_bit_grey_keeps_its_contrast(base):
+    rgb = Image.open(base / DOG).convert("L")
+    Image.fromarray(np.asarray(rgb).astype(np.uint16) * 257).save(base / DOG, "PNG")
+    prepare(base)
+    stored = np.asarray(Image.open(base / "TrainVal/color/dogs/synthetic_dog_1.jpg").convert("L")).astype(int)
+    assert np.abs(stored - np.asarray(rgb)).mean() < 3
 
 
 def test_hidden_files_are_no_data(base):
@@ -342,8 +376,21 @@ def test_without_write_permission(base, monkeypatch):
 
 @pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL])
 def test_interrupted_and_run_again(base, originals, kill):
+    with (base / "annotations/trainval.txt").open("a") as file:  # enough work to be interrupted
+        for number in range(600):
+            os.link(base / DOG, base / f"images/copy_{number}.jpg")
+            os.link(base / TRIMAP, base / f"annotations/trimaps/copy_{number}.png")
+            file.write(f"copy_{number} 2 2 2\n")
     command = [sys.executable, str(ROOT / "dataset/dataset_prep.py"), str(base), "--processes", "2"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        ),  # a job in the background ignores it
+    )
     while not (base / "TrainVal").exists() and process.poll() is None:
         time.sleep(0.001)
     os.killpg(process.pid, kill)
@@ -351,10 +398,24 @@ def test_interrupted_and_run_again(base, originals, kill):
     assert process.returncode == (130 if kill == signal.SIGINT else -signal.SIGKILL)
     assert b"Traceback" not in errors
     assert not (base / "prep_report.json").exists()
-    report, _ = prepare(base)
-    assert report["counts"]["TrainVal"] == {"cats": 4, "dogs": 8}
+    report, _ = prepare(base, processes=2)
+    assert report["counts"]["TrainVal"] == {"cats": 4, "dogs": 8}, "the copies are left out"
     for path in (originals / "images").iterdir():
         assert (base / "images" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_workers_do_not_outlive_a_killed_parent(base):
+    with (base / "annotations/trainval.txt").open("a") as file:
+        for number in range(600):
+            os.link(base / DOG, base / f"images/copy_{number}.jpg")
+            os.link(base / TRIMAP, base / f"annotations/trimaps/copy_{number}.png")
+            file.write(f"copy_{number} 2 2 2\n")
+    command = [sys.executable, str(ROOT / "dataset/dataset_prep.py"), str(base), "--processes", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not (base / "TrainVal").exists() and process.poll() is None:
+        time.sleep(0.001)
+    process.kill()
+    process.communicate(timeout=60)  # ends when the last worker has closed its end of the pipes
 
 
 def test_synthetic_is_drawn_once_and_never_mixed(tmp_path, base):

@@ -140,7 +140,7 @@ def test_photographs_without_labels(trained, tmp_path):
     result = run("unet/test.py", "--checkpoint", trained / "best.pt", "--images", photos, "--out", tmp_path / "out")
     assert result.returncode == 0, result.stderr
     sizes = {}
-    for path in (tmp_path / "out/images").glob("*_mask.png"):
+    for path in (tmp_path / "out").glob("*_mask.png"):
         mask = Image.open(path)
         overlaid = Image.open(path.with_name(path.name.replace("_mask.png", "_overlay.jpg")))
         assert mask.mode == "P" and mask.size == overlaid.size and np.asarray(mask).max() <= 2
@@ -148,6 +148,14 @@ def test_photographs_without_labels(trained, tmp_path):
     assert sizes == {
         "a_mask.png": (90, 60), "a-2_mask.png": (90, 60), "grey_mask.png": (90, 60), "turned_mask.png": (60, 90)
     }  # fmt: skip
+
+    (photos / "folder.jpg").mkdir()
+    shutil.copytree(tmp_path / "out", photos / "masks")
+    again = run("unet/test.py", "--checkpoint", trained / "best.pt", "--images", photos, "--out", photos / "masks")
+    assert again.returncode == 0 and "4 pictures segmented" in again.stdout, "its own output is not segmented"
+    result = run("unet/test.py", "--checkpoint", trained / "best.pt", "--images", photos, "--out", photos)
+    assert result.returncode == 1 and "choose another --out" in result.stderr
+    shutil.rmtree(photos / "masks")
 
     (photos / "broken.jpg").write_bytes(b"\xff\xd8 broken")
     result = run("unet/test.py", "--checkpoint", trained / "best.pt", "--images", photos, "--out", tmp_path / "again")

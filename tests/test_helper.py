@@ -56,6 +56,9 @@ def test_not_a_checkpoint(tmp_path):
     path.write_text("epoch,loss\n1,2\n")
     with pytest.raises(InputError, match="not a checkpoint"):
         load_checkpoint(path, "unet")
+    torch.save({**checkpoint(), "model_args": 3}, path)
+    with pytest.raises(InputError, match="not a checkpoint of this repository"):
+        load_checkpoint(path, "unet")
     torch.save({"weights": torch.zeros(3)}, path)
     with pytest.raises(InputError, match="not a checkpoint of this repository"):
         load_checkpoint(path, "unet")
@@ -80,9 +83,10 @@ def test_of_another_model(tmp_path):
 
 def test_of_another_architecture(tmp_path):
     path = tmp_path / "best.pt"
-    save_checkpoint(path, {**checkpoint(), "model_args": {"base_channels": 3}})
-    with pytest.raises(InputError, match="does not fit UNet"):
-        load_model(path, UNet, "unet", torch.device("cpu"))
+    for arguments in ({"base_channels": 3}, {"depth": 5}):
+        save_checkpoint(path, {**checkpoint(), "model_args": arguments})
+        with pytest.raises(InputError, match="does not fit UNet"):
+            load_model(path, UNet, "unet", torch.device("cpu"))
 
 
 def test_random_state_round_trip():

@@ -49,6 +49,23 @@ def test_a_lost_label_is_named(base):
     (base / "Test/label/cats/Synthetic_cat_2.png").unlink()
     with pytest.raises(InputError, match=r"Synthetic_cat_2\.jpg has no label"):
         find_records(base, "Test")
+    (base / "Test/color/cats/Synthetic_cat_2.jpg").unlink()
+    with pytest.raises(InputError, match=r"cats holds 3 images, prepared were 4"):
+        find_records(base, "Test")
+
+
+def test_hidden_files_are_no_records(base):
+    prepare(base)
+    (base / "Test/color/cats/._Synthetic_cat_2.jpg").touch()
+    assert len(find_records(base, "Test")) == 12
+
+
+def test_a_label_spoiled_after_preparation_is_named(base):
+    prepare(base)
+    record = find_records(base, "Test")[0]
+    Image.fromarray(np.full((9, 9), 7, np.uint8)).save(record.label)
+    with pytest.raises(InputError, match=rf"{record.name}\.png: 81 label pixels stand for no class"):
+        record.load_label()
 
 
 def test_limit_keeps_both_species(prepared):
@@ -94,7 +111,10 @@ def test_a_cache_cut_short_is_never_read(base, monkeypatch):
         Cache(records, 24)
     assert list((base / "cache").iterdir()) == []
     monkeypatch.undo()
-    assert Cache(records, 24)[0][0].any()
+    cache = Cache(records, 24)
+    assert cache[0][0].any()
+    cache.path.write_bytes(cache.path.read_bytes()[:1000])  # a copy of the folder that was cut short
+    assert Cache(records, 24)[len(records) - 1][0].any()
 
 
 def test_pickled_for_a_worker_the_pixels_stay_behind(prepared):
@@ -145,15 +165,17 @@ def test_balance_repeats_the_rarer_species(cats, dogs):
 
 @given(st.integers(1, 50), st.integers(1, 16), st.integers(1, 3), st.integers(0, 3))
 def test_every_sample_once_per_epoch(samples, batch_size, world, epoch):
-    seen = []
+    seen, lengths = [], set()
     for rank in range(world):
         batches = EpochBatches(samples, batch_size, shuffle=True, seed=1, rank=rank, world=world)
         batches.set_epoch(epoch)
         taken = list(batches)
-        assert len(taken) == len(batches)
+        assert len(taken) == len(batches) and all(taken)
+        lengths.add(len(taken))
         assert all(key[0] == epoch for batch in taken for key in batch)
         seen += [sample for batch in taken for _, sample in batch]
     assert sorted(seen) == list(range(samples))
+    assert len(lengths) == 1 or samples < world, "processes that wait for each other take as many steps"
 
 
 def test_order_changes_with_the_epoch():

@@ -23,7 +23,7 @@ from unet.model import UNet
 from utils.config import TrainConfig
 from utils.dataset import CLASSES
 from utils.files import InputError
-from utils.helper import load_checkpoint
+from utils.helper import describe_environment, load_checkpoint
 from utils.loss import SegmentationLoss, cross_entropy
 from utils.metric import validate
 from utils.train import EarlyStopping, StepOutput, TrainingLog, fit, make_accelerator
@@ -135,38 +135,49 @@ def test_workers_do_not_change_the_run(prepared, tmp_path):
 
 def test_ten_kills_do_not_change_the_run(prepared, tmp_path):
     """SIGKILL at random moments: what is on disk always loads, and the resumed run ends with the same weights."""
-    arguments = ["--data", prepared, "--epochs", 24, "--patience", 0, *TINY]
+    arguments = ["--data", prepared, "--epochs", 40, "--patience", 0, *TINY]
     began = time.perf_counter()
     assert run("unet/train.py", "--out", tmp_path / "whole", *arguments).returncode == 0
     seconds = time.perf_counter() - began
-    trained = sum(float(row["seconds"]) for row in csv.DictReader((tmp_path / "whole/log.csv").open()))
 
-    out, random_moment, epochs = tmp_path / "killed", random.Random(0), []
-    command = [sys.executable, ROOT / "unet/train.py", "--out", out, *arguments]
-    for _ in range(10):
-        resume = ["--resume"] if (out / "config.json").exists() else []
+    out, chance, epochs = tmp_path / "killed", random.Random(0), []
+    for attempt in range(10):
+        command = [sys.executable, ROOT / "unet/train.py", "--out", out, *arguments]
+        command += ["--resume"] if (out / "config.json").exists() else []
+        before = saved_at(out)
         process = subprocess.Popen(
-            [str(part) for part in command + resume], start_new_session=True, stderr=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        try:  # from the end of the imports to some epochs later
-            process.wait(random_moment.uniform(0.6 * (seconds - trained), seconds - 0.7 * trained))
-        except subprocess.TimeoutExpired:
+            list(map(str, command)),
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        if attempt % 2:  # somewhere in the epochs
+            while process.poll() is None and saved_at(out) == before:
+                time.sleep(0.01)
+            time.sleep(chance.uniform(0, 0.3))
+        else:  # anywhere, while it imports and sets up, too
+            time.sleep(chance.uniform(0, seconds))
+        if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        process.wait()
         for file in ("last.pt", "best.pt"):
             if (out / file).exists():
                 epochs.append(load_checkpoint(out / file, "unet")["epoch"])
-        if (out / "log.csv").exists():
-            list(csv.DictReader((out / "log.csv").open()))
-    assert max(epochs) > 0, "no kill came after an epoch"
+    assert max(epochs) > 0
+
     final = run("unet/train.py", "--out", out, "--resume")
     assert final.returncode == 0, final.stderr
     for file in ("last.pt", "best.pt"):
         whole, killed = (load_checkpoint(folder / file, "unet") for folder in (tmp_path / "whole", out))
         assert whole["epoch"] == killed["epoch"]
         assert_same_weights(whole, killed)
-    assert [row["epoch"] for row in csv.DictReader((out / "log.csv").open())] == [str(epoch) for epoch in range(1, 25)]
+    assert [row["epoch"] for row in csv.DictReader((out / "log.csv").open())] == [str(epoch) for epoch in range(1, 41)]
+    assert not list(out.glob(".*.tmp")), "what the kills left behind is swept up"
+
+
+def saved_at(out: Path) -> int:
+    return (out / "last.pt").stat().st_mtime_ns if (out / "last.pt").exists() else 0
 
 
 def test_ctrl_c_leaves_a_run_that_resumes(prepared, tmp_path):
@@ -236,6 +247,35 @@ def test_out_that_holds_another_run_is_refused(prepared, trained):
     result = run("unet/train.py", "--data", prepared, "--out", trained, *TINY)
     assert result.returncode == 1 and "holds another run" in result.stderr and "Traceback" not in result.stderr
     assert (trained / "last.pt").read_bytes() == before
+
+
+def test_resume_from_a_copy_of_best(prepared, tmp_path):
+    train(prepared, tmp_path, epochs=1)
+    (tmp_path / "best.pt").replace(tmp_path / "last.pt")
+    with pytest.raises(InputError, match=r"cannot be resumed from: it has no optimizer"):
+        train(prepared, tmp_path, epochs=2, resume=True)
+
+
+def test_out_that_cannot_be_a_folder(prepared, tmp_path):
+    (tmp_path / "file").touch()
+    result = run("unet/train.py", "--data", prepared, "--out", tmp_path / "file", *TINY)
+    assert result.returncode == 1 and str(tmp_path / "file") in result.stderr and "Traceback" not in result.stderr
+
+
+def test_two_processes_train_one_model(prepared, tmp_path):
+    result = run(
+        "torch.distributed.run", "--nproc-per-node", 2, ROOT / "unet/train.py",
+        "--data", prepared, "--out", tmp_path / "run", "--epochs", 2, "--batch-size", 3, "--val-fraction", 0.25,
+        "--image-size", 32, "--base-channels", 2, "--workers", 0, "--device", "cpu", module=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert len(list(csv.DictReader((tmp_path / "run/log.csv").open()))) == 2
+    assert load_checkpoint(tmp_path / "run/last.pt", "unet")["epoch"] == 2
+
+
+def test_a_machine_without_git(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert describe_environment(torch.device("cpu"))["commit"] is None
 
 
 def test_resume_with_other_data_is_refused(originals, prepared, tmp_path):

@@ -50,14 +50,14 @@ class TrainConfig:
     batch_size: int = flag(64, "images per step and process", low=1)
     lr: float = flag(1e-4, "learning rate of Adam", low=0)
     weight_decay: float = flag(0.0, "weight decay of Adam", low=0)
-    image_size: int = flag(256, "edge in pixels of the square that images are resized to", low=16)
+    image_size: int = flag(256, "edge in pixels of the square that images are resized to", low=32)
     loss: Literal["cross-entropy", "dice", "cross-entropy+dice"] = flag("cross-entropy", "what is minimized")
     boundary: Literal["background", "ignore"] = flag("background", "what the boundary band counts as in the loss")
     val_fraction: float = flag(0.1, "share of TrainVal kept for validation", low=0.001, high=0.9)
     patience: int = flag(3, "stop after so many epochs without a better validation loss (0: never)", low=0)
     min_delta: float = flag(1e-3, "what counts as better: a validation loss lower by at least this", low=0)
     workers: int = flag(min(8, os.cpu_count() or 1), "processes that load and augment (0: none)", low=0)
-    seed: int = flag(0, "seeds the weights, the split, the order and the augmentation", low=0)
+    seed: int = flag(0, "seeds the weights, the split, the order and the augmentation", low=0, high=2**32 - 1)
     device: Literal["auto", "cpu", "cuda", "mps"] = flag("auto", "where to train")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = flag(
         "auto", "arithmetic of the model; auto: bf16 on a CUDA GPU that has it, else fp32"
@@ -118,13 +118,18 @@ def parse(config_class: type[Config], doc: str, argv: list[str] | None = None) -
             + "\n".join(lines)
             + "\nLeave these flags out, or start a new run with another --out."
         )
-    return config_class(**{**saved, **given})
+    return config_class(**{**saved, **given, "out": out})  # the run may have been moved since
 
 
 def to_json(config: Any) -> dict:
     """The config as JSON types."""
-    values = dataclasses.asdict(config)
-    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return {name: plain(value) for name, value in dataclasses.asdict(config).items()}
 
 
 def from_json(config_class: type, values: dict, *, source: Path) -> dict:
@@ -134,17 +139,22 @@ def from_json(config_class: type, values: dict, *, source: Path) -> dict:
     if fields - {"resume"} - set(values):
         missing = ", ".join(sorted(fields - set(values)))
         raise InputError(f"{source} belongs to another model or version (no {missing}); use another --out")
-    return {name: Path(values[name]) if hints[name] is Path else values[name] for name in fields if name in values}
+    restored = {name: values[name] for name in fields if name in values}
+    return {
+        name: Path(value) if isinstance(value, str) and Path in (hints[name], *typing.get_args(hints[name])) else value
+        for name, value in restored.items()
+    }
 
 
 def run_script(main: Callable[[], int | None]) -> None:
-    """Run a script's `main`: InputError becomes one line on stderr and exit code 1, Ctrl-C exit code 130."""
+    """Run a script's `main`. Exit code 1 and one line on stderr for InputError and for what the file system refuses
+    (its message names the file); 130 for Ctrl-C."""
     logging.basicConfig(format="%(message)s")
     for package in ("utils", "dataset"):  # our own news, not the libraries'
         logging.getLogger(package).setLevel(logging.INFO)
     try:
         sys.exit(main())
-    except InputError as error:
+    except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
@@ -176,6 +186,8 @@ def _add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field, hin
 def _checked(kind: type, metadata: Any) -> Callable[[str], Any]:
     def read(text: str) -> Any:
         value = kind(text)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"expected a finite number, got {text}")
         if isinstance(value, int | float) and not metadata["low"] <= value <= metadata["high"]:
             bounds = [f"at least {metadata['low']}"] if metadata["low"] > -math.inf else []
             bounds += [f"at most {metadata['high']}"] if metadata["high"] < math.inf else []

@@ -36,6 +36,14 @@ _INDEXED = _table({0: 0, 1: 1, 2: 2, IGNORE: IGNORE})
 _GREY = _table({0: 0, 1: 1, 2: 2, 38: 1, 75: 2, IGNORE: IGNORE})
 
 
+def _from_colors(colors: np.ndarray) -> np.ndarray:
+    """Classes (...) of colors (..., 3)."""
+    classes = np.full(colors.shape[:-1], _UNKNOWN, np.uint8)
+    for value, color in COLORS.items():
+        classes[(colors == color).all(axis=-1)] = value
+    return classes
+
+
 def decode_label(label: Image.Image) -> np.ndarray:
     """Classes (H, W) uint8 in {0, 1, 2, 255} of a label saved as indexed, grey or RGB picture.
 
@@ -43,14 +51,22 @@ def decode_label(label: Image.Image) -> np.ndarray:
     """
     if label.mode in ("RGB", "RGBA"):
         pixels = np.asarray(label.convert("RGB"))
-        classes = np.full(pixels.shape[:2], _UNKNOWN, np.uint8)
-        for value, color in COLORS.items():
-            classes[(pixels == color).all(axis=2)] = value
-    else:
-        if label.mode not in ("P", "L"):
-            raise InputError(f"a label must be an indexed, grey or RGB picture, got mode {label.mode}")
+        classes = _from_colors(pixels)
+    elif label.mode == "L":
         pixels = np.asarray(label)
-        classes = (_INDEXED if label.mode == "P" else _GREY)[pixels]
+        classes = _GREY[pixels]
+    elif label.mode == "P":
+        # By color where all colors are those of classes: programs that save RGB labels as indexed ones number the
+        # colors anew. By index with any other palette.
+        pixels = np.asarray(label)
+        palette = np.zeros((256, 3), np.uint8)
+        entries = np.array(label.getpalette("RGB"), np.uint8).reshape(-1, 3)
+        palette[: len(entries)] = entries
+        classes = _from_colors(palette)[pixels]
+        if (classes == _UNKNOWN).any():
+            classes = _INDEXED[pixels]
+    else:
+        raise InputError(f"a label must be an indexed, grey or RGB picture, got mode {label.mode}")
     _check_known(classes, pixels)
     return classes
 
@@ -83,9 +99,16 @@ def tint(value: int) -> tuple[float, float, float]:
     return tuple((_TINTS[value] / 255).tolist())
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The image as 8-bit RGB. 16-bit grey is scaled: Pillow alone would turn nearly all of it white."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
 def resize_image(image: Image.Image, size: int) -> np.ndarray:
     """RGB (size, size, 3) uint8: bilinear with antialiasing, the aspect ratio given up (as in the report)."""
-    return np.array(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
+    return np.array(to_rgb(image).resize((size, size), Image.Resampling.BILINEAR))
 
 
 def resize_mask(classes: np.ndarray, size: int) -> np.ndarray:

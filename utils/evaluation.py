@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from utils.config import TestConfig, to_json
-from utils.dataset import CLASSES, encode_label, overlay, resize_image
+from utils.dataset import CLASSES, encode_label, overlay, resize_image, to_rgb
 from utils.files import PICTURE_SUFFIXES, InputError, atomic_path, load_picture, write_json
 from utils.helper import describe_environment, to_device
 from utils.metric import ConfusionMatrix, count_confusion, nan_mean, predict
@@ -99,6 +99,7 @@ def score(
 ) -> dict[str, Any]:
     """Score a split, write metrics.json, confusion.png and predictions.png, print the scores; returns the metrics."""
     out = config.out or config.checkpoint.parent / ("test" if config.split == "Test" else f"test_{config.split}")
+    out.mkdir(parents=True, exist_ok=True)  # what is wrong with it should show before the work, not after
     evaluation = evaluate(model, loader, device)
     metrics = evaluation.metrics() | {
         "score_size": config.score_size,
@@ -117,7 +118,7 @@ def score(
     rows = []
     for rank, index in pick_examples(image_iou):
         record = loader.dataset.records[index]
-        photo = load_picture(record.image).convert("RGB")
+        photo = to_rgb(load_picture(record.image))
         classes = segment(model, photo, checkpoint["config"]["image_size"], device)
         caption = f"{rank}: {record.name}\nmean IoU {image_iou[index]:.2f}"
         rows.append((caption, np.asarray(photo), record.load_label(), classes))
@@ -163,16 +164,18 @@ def _percent(value: float | None) -> str:
 def segment_pictures(model: nn.Module, checkpoint: dict[str, Any], config: TestConfig, device: torch.device) -> None:
     """Write NAME_mask.png (indexed) and NAME_overlay.jpg for each of `config.images`, at the picture's own size.
 
-    Pictures are turned upright as their EXIF orientation says. Those that cannot be read are named in an InputError
-    after all others are done.
+    They go to `config.out`, or to test/images/ beside the checkpoint. Pictures are turned upright as their EXIF
+    orientation says. Those that cannot be read are named in an InputError after all others are done.
     """
-    out = (config.out or config.checkpoint.parent / "test") / "images"
+    out = config.out or config.checkpoint.parent / "test" / "images"
     problems: list[str] = []
     taken: set[str] = set()
-    paths = list(find_pictures(config.images))
+    paths = [path for path in find_pictures(config.images) if out.resolve() not in path.resolve().parents]
+    if not paths:
+        raise InputError(f"--images: the pictures lie in {out}, where the masks would go; choose another --out")
     for path in tqdm(paths, desc="segment", unit="image", leave=False):
         try:
-            picture = ImageOps.exif_transpose(load_picture(path)).convert("RGB")
+            picture = to_rgb(load_picture(path, upright=True))
         except InputError as error:
             problems.append(str(error))
             continue
@@ -198,7 +201,7 @@ def find_pictures(paths: Sequence[Path]) -> Iterator[Path]:
             below = [
                 file
                 for file in sorted(path.rglob("*"))
-                if file.suffix.lower() in PICTURE_SUFFIXES and file.name[0] != "."
+                if file.suffix.lower() in PICTURE_SUFFIXES and file.name[0] != "." and file.is_file()
             ]
             if not below:
                 raise InputError(f"--images: {path} holds no picture ({', '.join(sorted(PICTURE_SUFFIXES))})")

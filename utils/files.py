@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 # Pillow warns above its limit and raises above twice that; `load_picture` raises above it, and says what to do.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -30,7 +31,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     A reader, or a process that takes over after a kill, sees the old file or the new one, never a part of one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name[:200]}.{os.getpid()}.tmp")
     try:
         yield temporary
         temporary.replace(path)
@@ -39,10 +40,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path, *, idle_seconds: float = 0) -> None:
-    """Delete the temporary files that killed processes left below `folder`, if untouched for `idle_seconds`."""
-    for path in folder.rglob(".*.tmp"):
-        if time.time() - path.stat().st_mtime >= idle_seconds:
-            path.unlink(missing_ok=True)
+    """Delete the files of `atomic_path` that killed processes left in `folder`, if untouched for `idle_seconds`."""
+    for path in folder.glob(".*.tmp"):
+        with suppress(FileNotFoundError):  # another process may have finished it meanwhile
+            if re.fullmatch(r"\..+\.\d+\.tmp", path.name) and time.time() - path.stat().st_mtime >= idle_seconds:
+                path.unlink()
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -64,8 +66,10 @@ def read_json(path: Path) -> dict:
         raise InputError(f"{path} is not valid JSON ({error}). Delete it and make it again.") from None
 
 
-def load_picture(path: Path) -> Image.Image:
+def load_picture(path: Path, *, upright: bool = False) -> Image.Image:
     """Open and fully decode a picture of any format that Pillow reads; its suffix is not believed.
+
+    `upright` turns it as its EXIF orientation says. Labels were drawn over the pixels as they are stored.
 
     Raises InputError that names the file when it is empty, not a picture, damaged, or so large that decoding it could
     exhaust the memory (Pillow's decompression-bomb limit).
@@ -75,7 +79,7 @@ def load_picture(path: Path) -> Image.Image:
         if picture.width * picture.height > Image.MAX_IMAGE_PIXELS:
             raise Image.DecompressionBombError
         picture.load()
-        return picture
+        return ImageOps.exif_transpose(picture) if upright else picture
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except Image.DecompressionBombError:

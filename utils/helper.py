@@ -6,6 +6,7 @@ import os
 import pickle
 import platform
 import random
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -70,7 +71,10 @@ def load_checkpoint(path: Path, model_name: str) -> dict[str, Any]:
         ) from error
     except Exception as error:  # a damaged archive fails in many ways: RuntimeError, EOFError, KeyError, ...
         raise InputError(f"{path} is truncated or not a checkpoint ({error}); use another, or train again") from error
-    if not isinstance(checkpoint, dict) or not {"model_name", "model", "model_args", "config"} <= checkpoint.keys():
+    parts = (
+        [checkpoint.get(key) for key in ("model", "model_args", "config")] if isinstance(checkpoint, dict) else [None]
+    )
+    if not all(isinstance(part, dict) for part in parts) or "model_name" not in checkpoint:
         raise InputError(f"{path} is not a checkpoint of this repository (it has no model, model_args and config)")
     if checkpoint["model_name"] != model_name:
         raise InputError(f"{path} holds a {checkpoint['model_name']} model, expected {model_name}")
@@ -82,10 +86,10 @@ def load_model(
 ) -> tuple[nn.Module, dict]:
     """Rebuild a model from its checkpoint alone; returns it in eval mode on `device`, and the checkpoint."""
     checkpoint = load_checkpoint(path, model_name)
-    model = model_class(**checkpoint["model_args"])
     try:
+        model = model_class(**checkpoint["model_args"])
         model.load_state_dict(checkpoint["model"])
-    except RuntimeError as error:
+    except (TypeError, RuntimeError) as error:
         raise InputError(f"{path} does not fit {model_class.__name__}: {error}") from error
     return model.to(device, memory_format=torch.channels_last).eval(), checkpoint
 
@@ -104,12 +108,13 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
     """What a run was made with: command, commit, versions, hardware."""
-    git = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], capture_output=True, text=True
-    )
+    commit = None
+    if shutil.which("git"):
+        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     return {
         "command": " ".join(sys.argv),
-        "commit": git.stdout.strip() or None,
+        "commit": commit,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device)

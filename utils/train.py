@@ -158,7 +158,7 @@ def fit(
         optimizer.load_state_dict(resumed["optimizer"])
         stopping.load_state_dict(resumed["stopping"])
         set_random_state(resumed["random_state"])
-        if accelerator.scaler is not None:
+        if accelerator.scaler is not None and resumed["scaler"]:
             accelerator.scaler.load_state_dict(resumed["scaler"])
         start, rows, best_loss = resumed["epoch"], resumed["log"], resumed["best_loss"]
         log.info("%s: continuing after epoch %d", out, start)
@@ -201,8 +201,14 @@ def fit(
             began = time.perf_counter()
             train_loss, images = train_epoch(wrapped, step, train_loader, optimizer, accelerator, epoch, config)
             seconds = time.perf_counter() - began
+            # Unwrapped: processes may have different numbers of validation batches, and must not wait for each other.
             val_loss, confusion = validate(
-                wrapped, step, val_loader, device, class_names, lambda tensor: accelerator.reduce(tensor, "sum")
+                accelerator.unwrap_model(wrapped),
+                step,
+                val_loader,
+                device,
+                class_names,
+                lambda tensor: accelerator.reduce(tensor, "sum"),
             )
             check_finite(val_loss, f"validation loss of epoch {epoch}", config)
             stopping.update(val_loss)
@@ -238,9 +244,10 @@ def fit(
         log.info("interrupted; %s holds the last whole epoch, --resume continues after it", out / "last.pt")
         raise
     finally:
-        if is_main and training_log.rows:
-            plot_curves(out / "curves.png", training_log.rows)
+        if is_main:
             training_log.board.close()
+            if training_log.rows:
+                plot_curves(out / "curves.png", training_log.rows)
     if is_main:
         best = min(rows, key=lambda row: row["val_loss"])
         why = "validation loss no longer falls" if stopping.should_stop else "all epochs done"
@@ -290,7 +297,7 @@ def check_finite(loss: float, what: str, config: TrainConfig) -> None:
     if not math.isfinite(loss):
         raise InputError(
             f"{what} is {loss}. {config.out / 'last.pt'} holds the last good epoch. "
-            f"Start again with a lower --lr than {config.lr:g}, or with --precision fp32."
+            f"Start again, with another --out, a lower --lr than {config.lr:g} or --precision fp32."
         )
 
 
@@ -311,4 +318,7 @@ def open_run(config: TrainConfig, split: dict[str, list[str]], model_name: str) 
         raise InputError(f"--resume: the images of {config.data} are not those that {out} was started with")
     if not (out / "last.pt").exists():  # killed before the first checkpoint
         return None
-    return load_checkpoint(out / "last.pt", model_name)
+    last = load_checkpoint(out / "last.pt", model_name)
+    if "optimizer" not in last:
+        raise InputError(f"{out / 'last.pt'} cannot be resumed from: it has no optimizer (is it a copy of best.pt?)")
+    return last
