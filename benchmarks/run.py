@@ -1,9 +1,9 @@
 """python benchmarks/run.py [--data DIR] [--out FILE]
 
-Measure preparation, loader, train step and script start-up, each beside what it is compared with, in one run.
+Measure script start-up, preparation, loader and train step; the last two beside what they are compared with.
 
 DIR is a folder of photographs in the Oxford-IIIT layout that is copied, not changed; without it 200 pets are drawn.
-Every figure is a median over repeats, taken in turn with its comparison, so that both see the same machine.
+Figures are medians over repeats. A figure and its comparison are taken in turn, so that both see the same machine.
 """
 
 from __future__ import annotations
@@ -204,6 +204,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
+    if args.data and not (args.data / "images").is_dir():
+        parser.error(f"{args.data} holds no images/: expected the Oxford-IIIT layout")
+    if args.repeats < 1:
+        parser.error(f"--repeats: at least 1, got {args.repeats}")
 
     import torch
 

@@ -32,6 +32,20 @@ def checkpoint() -> dict:
     }
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_is_named_and_spares_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, checkpoint())
+    before = path.read_bytes()
+    real_open = Path.open
+    monkeypatch.setattr(
+        Path, "open", lambda self, *a, **k: real_open(Path("/dev/full") if self.suffix == ".tmp" else self, *a, **k)
+    )
+    with pytest.raises(InputError, match=r"cannot write .*last\.pt: .*No space left"):
+        save_checkpoint(path, checkpoint())
+    assert path.read_bytes() == before
+
+
 class Attack:
     def __reduce__(self):
         return print, ("this would have run",)

@@ -47,11 +47,18 @@ def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Write a dict of tensors, numbers, strings, lists and dicts, whole or not at all, even when the power fails."""
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
+    """Write a dict of tensors, numbers, strings, lists and dicts, whole or not at all, even when the power fails.
+
+    InputError when the disk is full; the file that was there is then still there.
+    """
+    try:
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError of its own
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise InputError(f"cannot write {path}: {reason}. Free space and go on with --resume") from error
 
 
 def load_checkpoint(path: Path, model_name: str) -> dict[str, Any]:

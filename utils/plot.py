@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def plot_curves(path: Path, rows: Sequence[dict[str, float]]) -> None:
-    """Losses, and where the rows have it the mean IoU on the validation images, over the epochs."""
+    """Losses, and where the rows have it the IoU per class on the validation images, over the epochs."""
     scored = "val_iou_mean" in rows[0]
     figure = Figure(figsize=(10 if scored else 5, 3.6), layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, 1 + scored))
@@ -34,15 +35,12 @@ def plot_curves(path: Path, rows: Sequence[dict[str, float]]) -> None:
     axes[0].plot(best["epoch"], best["val_loss"], "o", color="#d55e00", label=f"best.pt (epoch {best['epoch']})")
     axes[0].set(xlabel="epoch", ylabel="loss")
     if scored:
-        for name, color, style in (
-            ("background", "#777777", ":"),
-            ("cat", "#d55e00", "--"),
-            ("dog", "#009e73", "-."),
-            ("mean", "#000000", "-"),
-        ):
-            if f"val_iou_{name}" in rows[0]:
-                values = [np.nan if row[f"val_iou_{name}"] is None else row[f"val_iou_{name}"] for row in rows]
-                axes[1].plot(epochs, values, label=name, color=color, linestyle=style)
+        names = [key.removeprefix("val_iou_") for key in rows[0] if key.startswith("val_iou_")]
+        styles = itertools.cycle([("#777777", ":"), ("#d55e00", "--"), ("#0072b2", "-.")])
+        for name in names:
+            color, style = ("#000000", "-") if name == "mean" else next(styles)
+            values = [np.nan if row[f"val_iou_{name}"] is None else row[f"val_iou_{name}"] for row in rows]
+            axes[1].plot(epochs, values, label=name, color=color, linestyle=style)
         axes[1].set(xlabel="epoch", ylabel="IoU on validation images", ylim=(0, 1))
     for axis in axes:
         axis.legend(frameon=False, fontsize=8)
