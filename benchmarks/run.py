@@ -40,10 +40,10 @@ def run_quietly(command: list[str]) -> None:
 
 
 def in_turn(repeats: int, **works: Callable[[], object]) -> dict[str, list[float]]:
-    """Seconds of each work, run one after the other `repeats` times, after one round that is not counted."""
+    """Seconds of each work, one after the other and then in reverse, `repeats` times after a round not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for round_number in range(repeats + 1):
-        for name, work in works.items():
+        for name, work in list(works.items())[:: 1 if round_number % 2 else -1]:
             elapsed = timed(work)
             if round_number:
                 seconds[name].append(elapsed)
@@ -61,7 +61,8 @@ def bench_preparation(original: Path, folder: Path, repeats: int) -> dict:
     first, second = [], []
     for number in range(repeats):
         base = folder / f"prep{number}"
-        shutil.copytree(original, base)
+        for part in ("images", "annotations"):
+            shutil.copytree(original / part, base / part)
         command = [sys.executable, str(ROOT / SCRIPTS[0]), str(base), "--processes", "2"]
         first.append(timed(lambda command=command: run_quietly(command)))
         second.append(timed(lambda command=command: run_quietly(command)))
@@ -139,7 +140,7 @@ def bench_train_step(repeats: int) -> dict:
 
     config = TrainConfig()
     device = Accelerator().device
-    size, channels, count, steps = (256, 64, 64, 20) if device.type == "cuda" else (128, 16, 8, 12)
+    size, channels, count, steps = (256, 64, 64, 20) if device.type == "cuda" else (128, 16, 8, 5)
     batch = {
         "image": torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8),
         "mask": torch.randint(0, 3, (count, size, size), dtype=torch.uint8),
@@ -180,7 +181,7 @@ def bench_train_step(repeats: int) -> dict:
             optimizer.step()
         synchronize()
 
-    seconds = in_turn(repeats, loop=loop, bare=bare)
+    seconds = in_turn(4 * repeats, loop=loop, bare=bare)  # short rounds: a noisy machine drifts over long ones
     return {
         "device": str(device), "image_size": size, "base_channels": channels, "batch_size": count,
         "loop_seconds_per_step": spread([value / steps for value in seconds["loop"]], 4),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import fields
+
+import pytest
 
 from tests.conftest import ROOT
 from unet.train import Config as UNetConfig
@@ -23,3 +26,11 @@ def test_links_and_paths_exist():
         assert (ROOT / path).exists(), path
     for path in re.findall(r"python ((?:unet|dataset|benchmarks)/\w+\.py)", README):
         assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("folder", ["demo", "unet-sample"])
+def test_scores_are_those_of_the_run(folder):
+    metrics = json.loads((ROOT / "results" / folder / "metrics.json").read_text())
+    for label in metrics["iou"]:
+        row = " | ".join(f"{100 * metrics[kind][label]:.1f}" for kind in ("iou", "dice", "accuracy"))
+        assert f"| {label} | {row} |" in README
