@@ -42,11 +42,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from dataset.originals import SPLITS, Originals, Pair, download, find_originals, no_layout, relative, visible_files
 from utils.config import run_script
 from utils.dataset import SPECIES, decode_label, decode_trimap, encode_label, to_rgb
 from utils.dataset_prep import draw_points
 from utils.files import (
-    PICTURE_SUFFIXES,
     InputError,
     atomic_path,
     load_picture,
@@ -57,31 +57,8 @@ from utils.files import (
 )
 
 VERSION = 1  # raise when the prepared files change: makes every folder prepare itself anew
-SPLITS = ("TrainVal", "Test")
 FOLDERS = {value: folder for folder, value in SPECIES.items()}  # class -> folder name
 REPORT = "prep_report.json"
-ANNOTATIONS = ("list.txt", "trainval.txt", "test.txt", "trimaps")  # what makes the original layout complete
-
-
-@dataclass
-class Pair:
-    """A photograph and its label. `species` is set where the label is a trimap, which does not tell it."""
-
-    name: str
-    split: str
-    image: Path
-    label: Path
-    species: int | None = None
-
-
-@dataclass
-class Source:
-    """What was found in BASE_DIR before any picture was opened. `left_out` holds (file, reason)."""
-
-    layout: str
-    pairs: list[Pair] = field(default_factory=list)
-    left_out: list[tuple[str, str]] = field(default_factory=list)
-    files: list[Path] = field(default_factory=list)  # all that the outcome depends on
 
 
 @dataclass
@@ -144,17 +121,17 @@ def prepare(base: Path, *, processes: int = 1, seed: int = 0) -> tuple[dict, boo
     Raises InputError when `base` is in neither layout.
     """
     old = read_json(base / REPORT) if (base / REPORT).exists() else None
-    source = find_source(base)
-    if source is None:
+    originals = find_originals(base)
+    if originals is None:
         if old is None:
-            raise InputError(_no_layout(base))
+            raise InputError(no_layout(base))
         # Prepared elsewhere and copied here without its originals.
         present = Counter(path.relative_to(base).parts[0] for path in _prepared_files(base))
         expected = {split: 2 * sum(counts.values()) for split, counts in old["counts"].items()}
         if any(present[split] != expected[split] for split in SPLITS):
             raise InputError(f"{base} holds {dict(present)} prepared files, expected {expected}: copy it again, whole")
         return old, False
-    fingerprint = _fingerprint(base, source, seed)
+    fingerprint = _fingerprint(originals, seed)
     if old is not None and old.get("fingerprint") == fingerprint:
         return old, False
 
@@ -164,15 +141,17 @@ def prepare(base: Path, *, processes: int = 1, seed: int = 0) -> tuple[dict, boo
         base / split / kind / species for split in SPLITS for kind in ("color", "label") for species in SPECIES
     ]:
         remove_leftovers(folder)
-    outcomes = list(tqdm(_process_all(base, source.pairs, processes, seed), "prepare", len(source.pairs), unit="image"))
+    outcomes = list(
+        tqdm(_process_all(base, originals.pairs, processes, seed), "prepare", len(originals.pairs), unit="image")
+    )
     _leave_out_copies(outcomes)
     kept = [outcome for outcome in outcomes if not outcome.reason]
     set_aside = _set_aside_strays(base, kept)
     for split in SPLITS:
         _write_points(base / split / "points.csv", [outcome for outcome in kept if outcome.pair.split == split])
 
-    left_out = source.left_out + [
-        (_relative(outcome.pair.image, base), outcome.reason) for outcome in outcomes if outcome.reason
+    left_out = originals.left_out + [
+        (relative(outcome.pair.image, base), outcome.reason) for outcome in outcomes if outcome.reason
     ]
     counts = {
         split: {
@@ -183,7 +162,7 @@ def prepare(base: Path, *, processes: int = 1, seed: int = 0) -> tuple[dict, boo
     }
     report = {
         "version": VERSION,
-        "layout": source.layout,
+        "layout": originals.layout,
         "synthetic": (base / "SYNTHETIC.txt").exists(),
         "counts": counts,
         "warnings": [
@@ -192,129 +171,14 @@ def prepare(base: Path, *, processes: int = 1, seed: int = 0) -> tuple[dict, boo
         "set_aside": set_aside,
         "left_out": [{"file": file, "reason": reason} for file, reason in sorted(left_out)],
         "converted": [
-            {"file": _relative(outcome.pair.image, base), "reason": outcome.converted}
+            {"file": relative(outcome.pair.image, base), "reason": outcome.converted}
             for outcome in kept
             if outcome.converted
         ],
-        "fingerprint": _fingerprint(base, source, seed),
+        "fingerprint": _fingerprint(originals, seed),
     }
     write_json(base / REPORT, report)
     return report, True
-
-
-def find_source(base: Path) -> Source | None:
-    """Recognize the layout of `base` and pair images with labels; None when it has neither layout."""
-    if (base / "images").is_dir() and (base / "annotations").is_dir():
-        return _find_original(base)
-    if any(_visible_files(base / split / "color") for split in SPLITS):
-        return _find_report(base)
-    return None
-
-
-def _find_original(base: Path) -> Source:
-    annotations = base / "annotations"
-    for name in ANNOTATIONS:
-        if not (annotations / name).exists():
-            raise InputError(
-                f"{annotations / name} is missing: unpack annotations.tar.gz again, "
-                f"or move {annotations} away and run with --download"
-            )
-    lists = {name: annotations / f"{name}.txt" for name in ("list", "trainval", "test")}
-    source = Source("original", files=list(lists.values()))
-    images = _by_stem(source, base / "images", base)
-    trimaps = _by_stem(source, annotations / "trimaps", base)
-    species = _read_list(source, lists["list"], base)
-    in_split = {
-        "TrainVal": _read_list(source, lists["trainval"], base),
-        "Test": _read_list(source, lists["test"], base),
-    }
-
-    for split, other in (("Test", None), ("TrainVal", "Test")):
-        for name, own_species in in_split[split].items():
-            listed = f"{_relative(lists['test' if split == 'Test' else 'trainval'], base)}: {name}"
-            if other and name in in_split[other]:
-                source.left_out.append((listed, "in both lists; kept in Test only, so that Test is never trained on"))
-            elif name not in images:
-                source.left_out.append((listed, "no such image"))
-            elif name not in trimaps:
-                source.left_out.append((_relative(images[name], base), "image without a label"))
-            else:
-                value = species.get(name) or own_species or (1 if name[0].isupper() else 2)
-                source.pairs.append(Pair(name, split, images[name], trimaps[name], value))
-    for name, path in images.items():
-        if not any(name in names for names in in_split.values()):
-            source.left_out.append((_relative(path, base), "in no list (trainval.txt, test.txt)"))
-    for name, path in trimaps.items():
-        if name not in images:
-            source.left_out.append((_relative(path, base), "label without an image"))
-    return source
-
-
-def _find_report(base: Path) -> Source:
-    source = Source("report")
-    in_test = {path.stem for path in _visible_files(base / "Test" / "color")}
-    for split in SPLITS:
-        images = _by_stem(source, base / split / "color", base)
-        labels = _by_stem(source, base / split / "label", base)
-        for name, path in images.items():
-            if split == "TrainVal" and name in in_test:
-                reason = "also in Test and kept there only, so that Test is never trained on; rename it if it differs"
-                source.left_out.append((_relative(path, base), reason))
-            elif name in labels:
-                source.pairs.append(Pair(name, split, path, labels[name]))
-            else:
-                source.left_out.append((_relative(path, base), "image without a label"))
-        for name, path in labels.items():
-            if name not in images:
-                source.left_out.append((_relative(path, base), "label without an image"))
-    return source
-
-
-def _by_stem(source: Source, folder: Path, base: Path) -> dict[str, Path]:
-    """The pictures of a folder by name without suffix; what cannot be one is left out."""
-    pictures: dict[str, Path] = {}
-    for path in _visible_files(folder):
-        source.files.append(path)
-        if not _is_utf8(path.name):
-            source.left_out.append((ascii(_relative(path, base)), "name is not valid UTF-8; rename it"))
-        elif path.suffix.lower() not in PICTURE_SUFFIXES:
-            source.left_out.append((_relative(path, base), f"not a picture by its suffix {path.suffix!r}"))
-        elif path.stem in pictures:
-            source.left_out.append((_relative(path, base), f"same name as {pictures[path.stem].name}"))
-        else:
-            pictures[path.stem] = path
-    return pictures
-
-
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:  # Python stands in for other bytes with lone surrogates
-        return False
-    return True
-
-
-def _read_list(source: Source, path: Path, base: Path) -> dict[str, int | None]:
-    """Species by name from lines `NAME CLASS-ID SPECIES BREED-ID`; None where a line holds the name alone."""
-    names: dict[str, int | None] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), start=1):
-        fields = line.split()
-        if not fields or line.startswith("#"):
-            continue
-        if len(fields) == 1:
-            names[fields[0]] = None
-        elif len(fields) >= 3 and fields[2] in ("1", "2"):
-            names[fields[0]] = int(fields[2])
-        else:
-            source.left_out.append((f"{_relative(path, base)}:{number}", f"cannot read the line {line!r}"))
-    return names
-
-
-def _visible_files(folder: Path) -> list[Path]:
-    """Files of a folder, sorted. Hidden ones (the original archive is full of macOS `._NAME` files) are no data."""
-    if not folder.is_dir():
-        return []
-    return sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_file() and entry.name[0] != ".")
 
 
 def _process_all(base: Path, pairs: list[Pair], processes: int, seed: int) -> Iterator[Outcome]:
@@ -369,7 +233,7 @@ def process_pair(pair: Pair, *, base: Path, seed: int) -> Outcome:
         except OSError as error:  # no disk is involved: the picture has more than 65535 pixels on an edge
             return Outcome(pair, f"cannot be saved as JPEG ({error})")
         _write_if_changed(prepared, content)
-    # Level 1 is a third of the default's time; labels stay a few kB.
+    # Level 1 takes less than half the default's time; labels stay a few kB.
     _write_if_changed(
         base / pair.split / "label" / folder / f"{pair.name}.png",
         _encode(encode_label(classes), "PNG", compress_level=1),
@@ -404,7 +268,7 @@ def _set_aside_strays(base: Path, kept: list[Outcome]) -> list[str]:
             while target.exists():
                 target = target.with_name(f"{target.stem}~{target.suffix}")
             path.replace(target)
-            moved.append(_relative(path, base))
+            moved.append(relative(path, base))
     return moved
 
 
@@ -414,7 +278,7 @@ def _prepared_files(base: Path) -> list[Path]:
         for split in SPLITS
         for kind in ("color", "label")
         for folder in SPECIES
-        for path in _visible_files(base / split / kind / folder)
+        for path in visible_files(base / split / kind / folder)
     ]
 
 
@@ -448,41 +312,15 @@ def _write_if_changed(path: Path, content: bytes) -> None:
         write_bytes(path, content)
 
 
-def _fingerprint(base: Path, source: Source, seed: int) -> str:
+def _fingerprint(originals: Originals, seed: int) -> str:
     """Hash of the state of every original and every prepared file: equal means that there is nothing to do."""
-    files = [*source.files, *_prepared_files(base), *(base / split / "points.csv" for split in SPLITS)]
+    base = originals.base
+    files = [*originals.files, *_prepared_files(base), *(base / split / "points.csv" for split in SPLITS)]
     states = []
     for path in files:
         state = path.stat() if path.exists() else None
-        states.append((_relative(path, base), state and state.st_size, state and state.st_mtime_ns))
+        states.append((relative(path, base), state and state.st_size, state and state.st_mtime_ns))
     return hashlib.sha256(repr((VERSION, seed, states)).encode()).hexdigest()
-
-
-def _relative(path: Path, base: Path) -> str:
-    return path.relative_to(base).as_posix()
-
-
-def download(base: Path) -> None:
-    """Fetch and unpack the Oxford-IIIT Pet data (800 MB) into `base`; torchvision knows the addresses and checksums."""
-    if (base / "images").is_dir() and all((base / "annotations" / name).exists() for name in ANNOTATIONS):
-        return
-    from torchvision.datasets import OxfordIIITPet
-
-    partial_folder = base / ".download"
-    unpacked = partial_folder / "oxford-iiit-pet"
-    for name in ("images", "annotations"):  # half unpacked when the last try was cut short; whole archives are kept
-        shutil.rmtree(unpacked / name, ignore_errors=True)
-    try:
-        OxfordIIITPet(str(partial_folder), download=True)
-    except Exception as error:  # the network, the server, a checksum: torchvision raises many kinds
-        raise InputError(
-            f"the download failed ({error}). Run again to continue, or fetch images.tar.gz and annotations.tar.gz from "
-            f"https://www.robots.ox.ac.uk/~vgg/data/pets/ yourself, unpack both in {base} and run without --download."
-        ) from error
-    for name in ("annotations", "images"):  # images last: only then is the layout complete
-        if not (base / name).exists():
-            (unpacked / name).replace(base / name)
-    shutil.rmtree(partial_folder)
 
 
 def summary(base: Path, report: dict, fresh: bool) -> str:
@@ -508,15 +346,6 @@ def summary(base: Path, report: dict, fresh: bool) -> str:
         if len(report["left_out"]) > len(shown):
             lines += [f"    in all: {count} x {reason}" for reason, count in kinds.most_common(10)]
     return "\n".join(lines)
-
-
-def _no_layout(base: Path) -> str:
-    found = ", ".join(sorted(path.name for path in base.iterdir())[:8]) or "nothing"
-    return (
-        f"{base} is in neither layout. Expected images/ and annotations/ (Oxford-IIIT), or TrainVal/color, "
-        f"TrainVal/label, Test/color, Test/label with files in them; found: {found}. "
-        "--download fetches the data, --synthetic N draws some."
-    )
 
 
 @contextmanager

@@ -39,8 +39,9 @@ class Record:
 
     def load_label(self) -> np.ndarray:
         """Classes (H, W) uint8 at the photograph's own size."""
+        label = load_picture(self.label)
         try:
-            return decode_label(load_picture(self.label))
+            return decode_label(label)
         except InputError as error:
             raise InputError(f"{self.label}: {error}. Run dataset/dataset_prep.py again") from error
 
@@ -50,18 +51,19 @@ def find_records(base_dir: Path, split: str, limit: int | None = None) -> list[R
 
     InputError when `base_dir` is not prepared, or an image has lost its label.
     """
-    if not (base_dir / "prep_report.json").is_file():
+    report = base_dir / "prep_report.json"
+    if not report.is_file():
         raise InputError(
             f"{base_dir.absolute()} is not prepared. Run: python dataset/dataset_prep.py {base_dir} "
             "(--download fetches the data)"
         )
+    counts = read_json(report)["counts"][split]
     records = []
     for folder, species in SPECIES.items():
         images = [path for path in (base_dir / split / "color" / folder).glob("*.jpg") if path.name[0] != "."]
-        expected = read_json(base_dir / "prep_report.json")["counts"][split][folder]
-        if len(images) != expected:
+        if len(images) != counts[folder]:
             raise InputError(
-                f"{base_dir / split / 'color' / folder} holds {len(images)} images, prepared were {expected}. "
+                f"{base_dir / split / 'color' / folder} holds {len(images)} images, prepared were {counts[folder]}. "
                 f"Copy the folder again, or run: python dataset/dataset_prep.py {base_dir}"
             )
         for image in images:
@@ -70,9 +72,7 @@ def find_records(base_dir: Path, split: str, limit: int | None = None) -> list[R
                 raise InputError(f"{image} has no label {label}. Run: python dataset/dataset_prep.py {base_dir}")
             records.append(Record(image.stem, species, image, label))
     if not records:
-        raise InputError(
-            f"{base_dir / split} holds no image. See {base_dir / 'prep_report.json'} for what was left out."
-        )
+        raise InputError(f"{base_dir / split} holds no image. See {report} for what was left out.")
     records.sort(key=lambda record: record.name)
     if limit and limit < len(records):
         records = [records[i] for i in np.linspace(0, len(records) - 1, limit).round().astype(int)]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from PIL import Image
 
 settings.register_profile("tests", deadline=None)  # a busy machine is no failure
 settings.load_profile("tests")
@@ -64,3 +65,44 @@ def trained(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = run("unet/train.py", "--data", prepared, "--out", out, "--epochs", 2, *TINY)
     assert result.returncode == 0, result.stderr
     return out
+
+
+DOG = "images/synthetic_dog_1.jpg"  # the picture that tests spoil
+TRIMAP = "annotations/trimaps/synthetic_dog_1.png"
+
+
+def left_out(base: Path) -> dict[str, str]:
+    """Prepare `base`; what was left out, with the reasons."""
+    from dataset.dataset_prep import prepare
+
+    report, _ = prepare(base)
+    return {row["file"]: row["reason"] for row in report["left_out"]}
+
+
+def to_report_layout(base: Path, target: Path, mode: str = "P") -> Path:
+    """Copy a prepared folder into the report's layout: flat color/ and label/, labels saved in `mode`."""
+    for split in ("TrainVal", "Test"):
+        for kind in ("color", "label"):
+            (target / split / kind).mkdir(parents=True)
+        for path in (base / split / "color").rglob("*.jpg"):
+            shutil.copy(path, target / split / "color")
+        for path in (base / split / "label").rglob("*.png"):
+            Image.open(path).convert(mode).save(target / split / "label" / path.name)
+    return target
+
+
+def assert_left_out(base: Path, file: str, reason: str) -> None:
+    """Prepare `base`: `file` is left out for `reason`, and of the other dogs of TrainVal all are kept."""
+    assert reason in left_out(base)[file]
+    kept = {path.stem for path in (base / "TrainVal/color/dogs").iterdir()}
+    others = {f"synthetic_dog_{number}" for number in range(3, 17, 2)}
+    assert others <= kept, "the others are all there"
+    assert ("synthetic_dog_1" in kept) == (file != DOG and "without an image" not in reason)
+
+
+def state(base: Path) -> dict[str, tuple[int, bytes]]:
+    """Time and content of every file."""
+    return {
+        str(path.relative_to(base)): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in sorted(base.rglob("*")) if path.is_file()
+    }  # fmt: skip

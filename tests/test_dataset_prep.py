@@ -1,16 +1,17 @@
-"""dataset/dataset_prep.py and utils/dataset_prep.py: every state that a folder of real pictures can be in."""
+"""dataset/dataset_prep.py and utils/dataset_prep.py: damaged pictures, copies, interruption, full disks."""
 
 from __future__ import annotations
 
 import csv
 import errno
-import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -19,63 +20,10 @@ from PIL import Image
 
 from dataset import dataset_prep
 from dataset.dataset_prep import prepare
-from tests.conftest import ROOT, SAMPLE, run
+from tests.conftest import DOG, ROOT, SAMPLE, TRIMAP, assert_left_out, left_out, run, state, to_report_layout
 from utils.dataset import CLASSES, IGNORE, encode_label
 from utils.dataset_prep import draw_points
 from utils.files import InputError
-
-
-def state(base: Path) -> dict[str, tuple[int, bytes]]:
-    return {
-        str(path.relative_to(base)): (path.stat().st_mtime_ns, path.read_bytes())
-        for path in sorted(base.rglob("*")) if path.is_file()
-    }  # fmt: skip
-
-
-def left_out(base: Path) -> dict[str, str]:
-    report, _ = prepare(base)
-    return {row["file"]: row["reason"] for row in report["left_out"]}
-
-
-def to_report_layout(base: Path, target: Path, mode: str = "P") -> Path:
-    """Copy a prepared folder into the report's layout: flat color/ and label/, labels saved in `mode`."""
-    for split in ("TrainVal", "Test"):
-        for kind in ("color", "label"):
-            (target / split / kind).mkdir(parents=True)
-        for path in (base / split / "color").rglob("*.jpg"):
-            shutil.copy(path, target / split / "color")
-        for path in (base / split / "label").rglob("*.png"):
-            Image.open(path).convert(mode).save(target / split / "label" / path.name)
-    return target
-
-
-def test_original_layout(base, originals):
-    before = state(base)
-    report, fresh = prepare(base, processes=2)
-    assert fresh
-    assert report["counts"] == {"TrainVal": {"cats": 4, "dogs": 8}, "Test": {"cats": 4, "dogs": 8}}
-    assert report["left_out"] == [] and report["warnings"] == [] and report["synthetic"]
-    assert {file: content for file, content in state(base).items() if file in before} == before
-
-    name = "Synthetic_cat_1"
-    photo, label = base / f"TrainVal/color/cats/{name}.jpg", base / f"TrainVal/label/cats/{name}.png"
-    assert photo.samefile(base / f"images/{name}.jpg"), "photographs are linked, so that the disk is not doubled"
-    trimap = np.asarray(Image.open(base / f"annotations/trimaps/{name}.png"))
-    stored = Image.open(label)
-    assert stored.mode == "P" and stored.getpalette()[3:6] == [128, 0, 0]
-    expected = np.select([trimap == 1, trimap == 2, trimap == 3], [1, 0, IGNORE])
-    np.testing.assert_array_equal(np.asarray(stored), expected)
-
-
-@pytest.mark.parametrize("mode", ["P", "L", "RGB"])
-def test_report_layout_in_every_label_mode(prepared, tmp_path, mode):
-    base = to_report_layout(prepared, tmp_path / "base", mode)
-    report, _ = prepare(base)
-    assert report["layout"] == "report"
-    assert report["counts"] == {"TrainVal": {"cats": 4, "dogs": 8}, "Test": {"cats": 4, "dogs": 8}}
-    for path in (prepared / "TrainVal" / "label").rglob("*.png"):
-        same = base / path.relative_to(prepared)
-        np.testing.assert_array_equal(np.asarray(Image.open(same)), np.asarray(Image.open(path)))
 
 
 def test_points_lie_in_their_class_and_do_not_depend_on_other_files(base):
@@ -162,15 +110,8 @@ def spoil_label(base: Path, name: str, change) -> None:
     Image.fromarray(change(pixels)).save(path)
 
 
-def unlist(base: Path, name: str, file: str) -> None:
-    path = base / f"annotations/{file}.txt"
-    path.write_text("".join(line for line in path.open() if line.split()[0] != name))
-
-
 def png_header(width: int, height: int) -> bytes:
     """A PNG that claims to be width x height and holds next to nothing."""
-    import struct
-    import zlib
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -181,11 +122,7 @@ def png_header(width: int, height: int) -> bytes:
     )
 
 
-DOG = "images/synthetic_dog_1.jpg"
-TRIMAP = "annotations/trimaps/synthetic_dog_1.png"
 DAMAGES = {
-    "image without a label": (lambda b: (b / TRIMAP).unlink(), DOG, "without a label"),
-    "label without an image": (lambda b: (b / DOG).unlink(), TRIMAP, "without an image"),
     "truncated": (lambda b: (b / DOG).write_bytes((b / DOG).read_bytes()[:2000]), DOG, "truncated"),
     "zero bytes": (lambda b: (b / DOG).write_bytes(b""), DOG, "an empty file"),
     "no picture": (lambda b: (b / DOG).write_text("not a picture at all"), DOG, "not a picture"),
@@ -197,13 +134,6 @@ DAMAGES = {
     "no pet": (lambda b: spoil_label(b, "synthetic_dog_1", lambda p: np.full_like(p, 2)), DOG, "no pet"),
     "label is no picture": (lambda b: (b / TRIMAP).write_bytes(b"x"),
                             DOG, "its label is not a picture"),
-    "in no list": (lambda b: unlist(b, "synthetic_dog_1", "trainval"), DOG, "in no list"),
-    "unreadable line": (lambda b: (b / "annotations/test.txt").open("a").write("a_dog one two\n"),
-                        "annotations/test.txt:13", "cannot read the line"),
-    "not a picture's suffix": (lambda b: (b / "images/synthetic_dog_1.mat").write_text("x"),
-                               "images/synthetic_dog_1.mat", "not a picture by its suffix"),
-    "two pictures of a name": (lambda b: Image.open(b / DOG).save(b / "images/synthetic_dog_1.png"),
-                               "images/synthetic_dog_1.png", "same name"),
 }  # fmt: skip
 
 
@@ -211,20 +141,7 @@ DAMAGES = {
 def test_what_cannot_be_used_is_left_out_and_named(base, kind):
     damage, file, reason = DAMAGES[kind]
     damage(base)
-    reasons = left_out(base)
-    assert reason in reasons[file]
-    kept = {path.stem for path in (base / "TrainVal/color/dogs").iterdir()}
-    others = {f"synthetic_dog_{number}" for number in range(3, 17, 2)}
-    assert others <= kept, "the others are all there"
-    assert ("synthetic_dog_1" in kept) == (file != DOG and "without an image" not in reason)
-
-
-def test_name_in_both_lists_stays_in_test_only(base):
-    with (base / "annotations/trainval.txt").open("a") as file:
-        file.write("synthetic_dog_2 2 2 2\n")
-    assert "both lists" in left_out(base)["annotations/trainval.txt: synthetic_dog_2"]
-    assert (base / "Test/color/dogs/synthetic_dog_2.jpg").exists()
-    assert not (base / "TrainVal/color/dogs/synthetic_dog_2.jpg").exists()
+    assert_left_out(base, file, reason)
 
 
 def test_the_same_picture_in_both_splits_stays_in_test_only(base):
@@ -240,23 +157,6 @@ def test_the_same_picture_twice_in_trainval_is_kept_once(base):
     for folder, suffix in (("images", "jpg"), ("annotations/trimaps", "png")):
         shutil.copy(base / folder / f"synthetic_dog_3.{suffix}", base / folder / f"synthetic_dog_1.{suffix}")
     assert list(left_out(base).values()) == ["same picture as TrainVal synthetic_dog_1"]
-
-
-def test_the_same_name_in_both_splits_of_the_report_layout_stays_in_test_only(prepared, tmp_path):
-    base = to_report_layout(prepared, tmp_path / "base")
-    Image.open(base / "Test/color/synthetic_dog_2.jpg").save(base / "TrainVal/color/synthetic_dog_2.jpg", quality=50)
-    shutil.copy(base / "Test/label/synthetic_dog_2.png", base / "TrainVal/label")
-    assert "also in Test" in left_out(base)["TrainVal/color/synthetic_dog_2.jpg"]
-    assert (base / "Test/color/dogs/synthetic_dog_2.jpg").exists()
-
-
-def test_names_and_lists_in_another_encoding(base):
-    (base / DOG).rename(base / "images" / os.fsdecode(b"caf\xe9.jpg"))
-    with (base / "annotations/test.txt").open("ab") as file:
-        file.write(b"caf\xe9 2 2 2\n")
-    reasons = left_out(base)
-    assert any("not valid UTF-8" in reason for reason in reasons.values())
-    assert run("dataset/dataset_prep.py", base).returncode == 0
 
 
 def test_both_species_in_one_label(prepared, tmp_path):
@@ -289,25 +189,11 @@ def test_sixteen_bit_grey_keeps_its_contrast(base):
     assert np.abs(stored - np.asarray(rgb)).mean() < 3
 
 
-def test_hidden_files_are_no_data(base):
-    (base / "annotations/trimaps/._synthetic_dog_1.png").write_bytes(b"Mac OS X")
-    (base / "images/.DS_Store").write_bytes(b"x")
-    assert left_out(base) == {}
-
-
 def test_a_species_without_an_image_is_a_warning(base):
     for path in (base / "images").glob("Synthetic_cat_*"):
         path.unlink()
     report, _ = prepare(base)
     assert report["warnings"] == ["TrainVal holds no cats", "Test holds no cats"]
-
-
-@pytest.mark.parametrize("missing", ["list.txt", "trainval.txt", "test.txt", "trimaps"])
-def test_incomplete_original_layout_names_what_is_missing(base, missing):
-    path = base / "annotations" / missing
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
-    with pytest.raises(InputError, match=f"{missing} is missing"):
-        prepare(base)
 
 
 def test_exit_codes(base, tmp_path):
@@ -374,13 +260,18 @@ def test_without_write_permission(base, monkeypatch):
         dataset_prep.main([str(base), "--processes", "1"])
 
 
-@pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL])
-def test_interrupted_and_run_again(base, originals, kill):
-    with (base / "annotations/trainval.txt").open("a") as file:  # enough work to be interrupted
-        for number in range(600):
+def add_copies(base: Path, count: int) -> None:
+    """Enough work for a preparation to be interrupted."""
+    with (base / "annotations/trainval.txt").open("a") as file:
+        for number in range(count):
             os.link(base / DOG, base / f"images/copy_{number}.jpg")
             os.link(base / TRIMAP, base / f"annotations/trimaps/copy_{number}.png")
             file.write(f"copy_{number} 2 2 2\n")
+
+
+@pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL])
+def test_interrupted_and_run_again(base, originals, kill):
+    add_copies(base, 600)
     command = [sys.executable, str(ROOT / "dataset/dataset_prep.py"), str(base), "--processes", "2"]
     process = subprocess.Popen(
         command,
@@ -405,11 +296,7 @@ def test_interrupted_and_run_again(base, originals, kill):
 
 
 def test_workers_do_not_outlive_a_killed_parent(base):
-    with (base / "annotations/trainval.txt").open("a") as file:
-        for number in range(600):
-            os.link(base / DOG, base / f"images/copy_{number}.jpg")
-            os.link(base / TRIMAP, base / f"annotations/trimaps/copy_{number}.png")
-            file.write(f"copy_{number} 2 2 2\n")
+    add_copies(base, 600)
     command = [sys.executable, str(ROOT / "dataset/dataset_prep.py"), str(base), "--processes", "2"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while not (base / "TrainVal").exists() and process.poll() is None:
@@ -428,41 +315,6 @@ def test_synthetic_is_drawn_once_and_never_mixed(tmp_path, base):
     assert "use another folder" in run("dataset/dataset_prep.py", target, "--synthetic", 9).stderr
     (base / "SYNTHETIC.txt").unlink()
     assert "holds other data" in run("dataset/dataset_prep.py", base, "--synthetic", 24).stderr
-
-
-class FakeDownload:
-    """Stands in for torchvision's OxfordIIITPet: unpacks drawings where it would unpack the real archives."""
-
-    source: Path
-
-    def __init__(self, root: str, download: bool):
-        target = Path(root) / "oxford-iiit-pet"
-        assert download and not (target / "images").exists()
-        shutil.copytree(self.source, target, dirs_exist_ok=True)
-
-
-def test_download_arrives_in_the_original_layout(originals, tmp_path, monkeypatch):
-    import torchvision.datasets
-
-    monkeypatch.setattr(FakeDownload, "source", originals, raising=False)
-    monkeypatch.setattr(torchvision.datasets, "OxfordIIITPet", FakeDownload)
-    base = tmp_path / "new"
-    (base / ".download/oxford-iiit-pet/images").mkdir(parents=True)  # half unpacked by a try that was cut short
-    assert dataset_prep.main([str(base), "--download", "--processes", "1"]) == 0
-    assert json.loads((base / "prep_report.json").read_text())["counts"]["Test"] == {"cats": 4, "dogs": 8}
-    assert not (base / ".download").exists()
-    assert dataset_prep.main([str(base), "--download", "--processes", "1"]) == 0, "not fetched twice"
-
-
-def test_failed_download_says_what_to_do(tmp_path, monkeypatch):
-    import torchvision.datasets
-
-    def offline(*_, **__):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(torchvision.datasets, "OxfordIIITPet", offline)
-    with pytest.raises(InputError, match=r"no route to host.*Run again to continue"):
-        dataset_prep.main([str(tmp_path / "new"), "--download"])
 
 
 @pytest.mark.skipif(not SAMPLE.is_dir(), reason="the real sample is not here")

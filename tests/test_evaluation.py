@@ -77,7 +77,7 @@ def test_a_perfect_prediction_scores_one(base):
 
 def test_per_image_scores_leave_absent_classes_out(prepared, model):
     evaluation = scores(model, find_records(prepared, "Test"))
-    for counts, iou in zip(evaluation.counts, evaluation.image_iou()):
+    for counts, iou in zip(evaluation.counts, evaluation.image_iou):
         present = [v for v in ConfusionMatrix(CLASSES, counts).iou() if v == v]
         assert iou == pytest.approx(np.mean(present))
 

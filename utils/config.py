@@ -60,7 +60,7 @@ class TrainConfig:
     seed: int = flag(0, "seeds the weights, the split, the order and the augmentation", low=0, high=2**32 - 1)
     device: Literal["auto", "cpu", "cuda", "mps"] = flag("auto", "where to train")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = flag(
-        "auto", "arithmetic of the model; auto: bf16 on a CUDA GPU that has it, else fp32"
+        "auto", "arithmetic of the model; auto: bf16 on a CUDA GPU, fp16 on an old one, else fp32"
     )
     compile: bool = flag(False, "compile the model with torch.compile")
     resume: bool = flag(False, "continue the run in --out with its own settings")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import logging
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,6 @@ from utils.helper import describe_environment, to_device
 from utils.metric import ConfusionMatrix, count_confusion, nan_mean, predict
 from utils.plot import plot_confusion, plot_predictions
 
-log = logging.getLogger(__name__)
-
 
 @dataclass
 class Evaluation:
@@ -39,13 +38,16 @@ class Evaluation:
     def total(self) -> ConfusionMatrix:
         return ConfusionMatrix(self.class_names, self.counts.sum(dim=0))
 
+    @cached_property
     def image_iou(self) -> list[float]:
         """Mean IoU of each image, over the classes that its truth or prediction has."""
         return [nan_mean(ConfusionMatrix(self.class_names, counts).iou()) for counts in self.counts]
 
     def metrics(self) -> dict[str, Any]:
         """The scores over all images together, per image, and of predicting background everywhere."""
-        per_image = sorted(iou for iou in self.image_iou() if iou == iou)  # an image of ignored pixels alone has none
+        per_image = sorted(
+            iou for iou in self.image_iou if not math.isnan(iou)
+        )  # NaN: an image of ignored pixels alone
         worst = per_image[: max(1, round(0.05 * len(per_image)))]
         return {
             "images": len(self.counts),
@@ -114,13 +116,12 @@ def score(
     write_json(out / "metrics.json", metrics)
     plot_confusion(out / "confusion.png", evaluation.total.counts.numpy(), CLASSES, note)
 
-    image_iou = evaluation.image_iou()
     rows = []
-    for rank, index in pick_examples(image_iou):
+    for rank, index in pick_examples(evaluation.image_iou):
         record = loader.dataset.records[index]
         photo = to_rgb(load_picture(record.image))
         classes = segment(model, photo, checkpoint["config"]["image_size"], device)
-        caption = f"{rank}: {record.name}\nmean IoU {image_iou[index]:.2f}"
+        caption = f"{rank}: {record.name}\nmean IoU {evaluation.image_iou[index]:.2f}"
         rows.append((caption, np.asarray(photo), record.load_label(), classes))
     plot_predictions(out / "predictions.png", rows, note)
     title = f"{config.checkpoint} on {metrics['images']} images of {config.data / config.split}"
@@ -131,7 +132,7 @@ def score(
 
 def pick_examples(image_iou: Sequence[float], each: int = 2) -> list[tuple[str, int]]:
     """(rank, index) of the best, the median and the worst images by IoU, `each` of a kind, none twice."""
-    order = sorted((i for i in range(len(image_iou)) if image_iou[i] == image_iou[i]), key=lambda i: -image_iou[i])
+    order = sorted((i for i, iou in enumerate(image_iou) if not math.isnan(iou)), key=lambda i: -image_iou[i])
     middle = max(0, (len(order) - each) // 2)
     picked: dict[int, str] = {}
     for rank, indices in (("best", order[:each]), ("worst", order[-each:]), ("median", order[middle : middle + each])):

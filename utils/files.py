@@ -16,7 +16,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 # Pillow warns above its limit and raises above twice that; `load_picture` raises above it, and says what to do.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
-
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"}
 
 

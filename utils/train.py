@@ -140,8 +140,7 @@ def fit(
     Raises InputError when `config.out` holds another run, or the loss is no longer finite (last.pt is then still good).
     """
     out, device, is_main = config.out, accelerator.device, accelerator.is_main_process
-    if device.type != "mps":
-        model.to(memory_format=torch.channels_last)
+    model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=config.lr,
