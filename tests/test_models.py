@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from autoencoder.model import build_segmenter
 from unet.model import UNet
 from utils.helper import load_model, save_checkpoint
 from utils.loss import cross_entropy
@@ -15,6 +16,8 @@ from utils.loss import cross_entropy
 # name -> (class, arguments of a tiny one)
 MODELS: dict[str, tuple[Callable[..., nn.Module], dict]] = {
     "unet": (UNet, {"base_channels": 4}),
+    "autoencoder": (build_segmenter, {"base_channels": 16}),
+    "autoencoder-skips": (build_segmenter, {"base_channels": 16, "skips": True}),
 }
 
 

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from utils.layers import ClassHead, DoubleConv, Normalize, UpBlock
+from utils.layers import IMAGENET_MEAN, IMAGENET_STD, ClassHead, DoubleConv, Normalize, UpBlock, pad_to_multiple
 
-# Mean and standard deviation of ImageNet's pixels, close to those of any set of photographs.
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
 LEVELS = 4
 
 
@@ -22,7 +18,7 @@ class UNet(nn.Module):
     def __init__(self, num_classes: int = 3, *, base_channels: int = 64):
         super().__init__()
         channels = [base_channels * 2**level for level in range(LEVELS + 1)]  # 64, 128, 256, 512, 1024
-        self.normalize = Normalize(MEAN, STD)
+        self.normalize = Normalize(IMAGENET_MEAN, IMAGENET_STD)
         self.encoder = nn.ModuleList(DoubleConv(*pair) for pair in zip([3, *channels], channels[:-1]))
         self.pool = nn.MaxPool2d(2)
         self.bottleneck = DoubleConv(channels[-2], channels[-1])
@@ -33,9 +29,7 @@ class UNet(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         height, width = image.shape[-2:]
-        multiple = 2**LEVELS
-        x = self.normalize(image)
-        x = F.pad(x, (0, -width % multiple, 0, -height % multiple))  # right and bottom, cropped again below
+        x = pad_to_multiple(self.normalize(image), 2**LEVELS)
         skips = []
         for block in self.encoder:
             x = block(x)

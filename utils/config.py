@@ -10,10 +10,11 @@ import dataclasses
 import logging
 import math
 import os
+import re
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -85,6 +86,20 @@ class TestConfig:
     images: list[Path] | None = flag(
         None, "segment these photographs (files or folders, no labels needed) instead of scoring a split"
     )
+
+
+def weighted_terms(text: str, names: Sequence[str]) -> dict[str, float]:
+    """Weights by name of one of `names`, or of a weighted sum such as "mse+0.5*ssim"; an error for anything else."""
+    terms: dict[str, float] = {}
+    for part in text.split("+"):
+        match = re.fullmatch(r"(?:(\d*\.?\d+)\*)?(\w+)", part)
+        if match is None or match[2] not in names or match[2] in terms or float(match[1] or 1) == 0:
+            known = ", ".join(names)
+            raise argparse.ArgumentTypeError(
+                f"expected one of {known}, or a weighted sum of them such as {names[0]}+0.5*{names[-1]}, got {text!r}"
+            )
+        terms[match[2]] = float(match[1] or 1)
+    return terms
 
 
 def parse(config_class: type[Config], doc: str, argv: list[str] | None = None) -> Config:

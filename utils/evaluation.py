@@ -100,8 +100,7 @@ def score(
     synthetic: bool,
 ) -> dict[str, Any]:
     """Score a split, write metrics.json, confusion.png and predictions.png, print the scores; returns the metrics."""
-    out = config.out or config.checkpoint.parent / ("test" if config.split == "Test" else f"test_{config.split}")
-    out.mkdir(parents=True, exist_ok=True)  # what is wrong with it should show before the work, not after
+    out = results_folder(config)
     evaluation = evaluate(model, loader, device)
     metrics = evaluation.metrics() | {
         "score_size": config.score_size,
@@ -130,9 +129,16 @@ def score(
     return metrics
 
 
-def pick_examples(image_iou: Sequence[float], each: int = 2) -> list[tuple[str, int]]:
-    """(rank, index) of the best, the median and the worst images by IoU, `each` of a kind, none twice."""
-    order = sorted((i for i, iou in enumerate(image_iou) if not math.isnan(iou)), key=lambda i: -image_iou[i])
+def results_folder(config: TestConfig) -> Path:
+    """The folder for the results of scoring a split, made where it is not there yet."""
+    out = config.out or config.checkpoint.parent / ("test" if config.split == "Test" else f"test_{config.split}")
+    out.mkdir(parents=True, exist_ok=True)  # what is wrong with it should show before the work, not after
+    return out
+
+
+def pick_examples(scores: Sequence[float], each: int = 2) -> list[tuple[str, int]]:
+    """(rank, index) of the images whose score is best, median and worst, `each` of a kind, none twice, NaN left out."""
+    order = sorted((i for i, score in enumerate(scores) if not math.isnan(score)), key=lambda i: -scores[i])
     middle = max(0, (len(order) - each) // 2)
     picked: dict[int, str] = {}
     for rank, indices in (("best", order[:each]), ("worst", order[-each:]), ("median", order[middle : middle + each])):

@@ -67,7 +67,7 @@ def load_checkpoint(path: Path, model_name: str) -> dict[str, Any]:
     InputError when the file is missing, truncated, not a checkpoint, of another model, or would run code on loading.
     """
     if not path.is_file():
-        raise InputError(f"{path}: no such checkpoint. Train first: python {model_name}/train.py")
+        raise InputError(f"{path}: no such checkpoint. Every train.py writes best.pt and last.pt into its --out")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

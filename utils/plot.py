@@ -78,20 +78,36 @@ def plot_predictions(
     path: Path, rows: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray]], title: str = ""
 ) -> None:
     """A row per example: photograph (H, W, 3), truth and prediction (H, W) laid over it, its caption on the left."""
-    figure = Figure(figsize=(8, 2.1 * len(rows) + 0.4), layout="constrained")
-    axes = figure.subplots(len(rows), 3, squeeze=False)
-    for row, (caption, photo, truth, prediction) in zip(axes, rows):
-        pictures = (photo, overlay(photo, truth), overlay(photo, prediction))
-        for axis, picture in zip(row, pictures):
-            axis.imshow(picture)
-            axis.set(xticks=[], yticks=[])
-        row[0].set_ylabel(caption, rotation=0, ha="right", va="center", fontsize=8)
-    for axis, heading in zip(axes[0], ("photograph", "truth", "prediction")):
-        axis.set_title(heading, fontsize=10)
-    figure.suptitle(title, fontsize=9)
+    pictures = [
+        (caption, [photo, overlay(photo, truth), overlay(photo, prediction)])
+        for caption, photo, truth, prediction in rows
+    ]
+    figure = draw_pictures(pictures, ("photograph", "truth", "prediction"), title)
     handles = [
         Patch(facecolor=tint(value), edgecolor="#777777", label=label)
         for value, label in ((1, CLASSES[1]), (2, CLASSES[2]), (IGNORE, "boundary, not scored"))
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     save_figure(figure, path)
+
+
+def plot_pictures(
+    path: Path, rows: Sequence[tuple[str, Sequence[np.ndarray]]], headings: Sequence[str], title: str = ""
+) -> None:
+    """A row per example: its caption on the left, then pictures (H, W, 3) uint8 under `headings`."""
+    save_figure(draw_pictures(rows, headings, title), path)
+
+
+def draw_pictures(rows: Sequence[tuple[str, Sequence[np.ndarray]]], headings: Sequence[str], title: str) -> Figure:
+    """The figure of `plot_pictures`."""
+    figure = Figure(figsize=(2 + 2 * len(headings), 2.1 * len(rows) + 0.4), layout="constrained")
+    axes = figure.subplots(len(rows), len(headings), squeeze=False)
+    for row, (caption, pictures) in zip(axes, rows):
+        for axis, picture in zip(row, pictures):
+            axis.imshow(picture)
+            axis.set(xticks=[], yticks=[])
+        row[0].set_ylabel(caption, rotation=0, ha="right", va="center", fontsize=8)
+    for axis, heading in zip(axes[0], headings):
+        axis.set_title(heading, fontsize=10)
+    figure.suptitle(title, fontsize=9)
+    return figure

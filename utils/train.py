@@ -151,7 +151,7 @@ def fit(
     wrapped, optimizer = accelerator.prepare(torch.compile(model) if config.compile else model, optimizer)
 
     start, rows, best_loss = 0, [], math.inf
-    resumed = open_run(config, split, model_name) if is_main or config.resume else None
+    resumed = open_run(config, split, model_name) if config.resume else None
     if resumed is not None:
         model.load_state_dict(resumed["model"])
         optimizer.load_state_dict(resumed["optimizer"])
@@ -184,9 +184,8 @@ def fit(
         save_checkpoint(out / "last.pt", checkpoint(epoch, scores) | state)
 
     if is_main:
-        remove_leftovers(out)
         environment = describe_environment(device) | {"processes": accelerator.num_processes}
-        write_json(out / "config.json", to_json(config) | {"model_args": model_args, "environment": environment})
+        claim_run(config, model_args=model_args, environment=environment)
         write_json(out / "split.json", split)
         if resumed is None:
             save_last(0, {})  # Ctrl-C in the first epoch leaves a run that resumes, too
@@ -231,7 +230,8 @@ def fit(
             training_log.add(row)
             save_last(epoch, scores)
             log.info(
-                "epoch %d/%d  train loss %.4f  val loss %.4f%s  %.1f images/s",
+                "%s: epoch %d/%d  train loss %.4f  val loss %.4f%s  %.1f images/s",
+                out.name,
                 epoch,
                 config.epochs,
                 train_loss,
@@ -251,6 +251,7 @@ def fit(
         best = min(rows, key=lambda row: row["val_loss"])
         why = "validation loss no longer falls" if stopping.should_stop else "all epochs done"
         log.info("%s. Best epoch %d (val loss %.4f): %s", why, best["epoch"], best["val_loss"], out / "best.pt")
+    accelerator.wait_for_everyone()  # a next stage reads what the main process wrote
 
 
 def train_epoch(
@@ -268,7 +269,7 @@ def train_epoch(
     loss_sum, images = torch.zeros((), device=accelerator.device), 0
     with tqdm(
         total=loader.batch_sampler.samples,
-        desc=f"epoch {epoch}/{config.epochs}",
+        desc=f"{config.out.name}: epoch {epoch}/{config.epochs}",
         unit="image",
         leave=False,
         disable=not accelerator.is_main_process,
@@ -300,19 +301,23 @@ def check_finite(loss: float, what: str, config: TrainConfig) -> None:
         )
 
 
-def open_run(config: TrainConfig, split: dict[str, list[str]], model_name: str) -> dict[str, Any] | None:
-    """Make sure that `config.out` may be written: new without --resume, the same run with it.
+def claim_run(config: TrainConfig, **details: Any) -> None:
+    """Write config.json, with `details`, into `config.out`; InputError when it holds another run, unless resuming."""
+    taken = [name for name in ("config.json", "last.pt", "best.pt", "log.csv") if (config.out / name).exists()]
+    if taken and not config.resume:
+        raise InputError(
+            f"{config.out} holds another run ({', '.join(taken)}): continue it with --resume, or choose another --out"
+        )
+    remove_leftovers(config.out)
+    write_json(config.out / "config.json", to_json(config) | details)
 
-    Returns the checkpoint to go on from, None to start from the beginning. Raises InputError otherwise.
+
+def open_run(config: TrainConfig, split: dict[str, list[str]], model_name: str) -> dict[str, Any] | None:
+    """The checkpoint from which `config.out` is resumed, None to start from the beginning.
+
+    InputError when the run used other images, or its checkpoint cannot be resumed from.
     """
     out = config.out
-    if not config.resume:
-        taken = [name for name in ("config.json", "last.pt", "best.pt", "log.csv") if (out / name).exists()]
-        if taken:
-            raise InputError(
-                f"{out} holds another run ({', '.join(taken)}): continue it with --resume, or choose another --out"
-            )
-        return None
     if (out / "split.json").exists() and read_json(out / "split.json") != split:
         raise InputError(f"--resume: the images of {config.data} are not those that {out} was started with")
     if not (out / "last.pt").exists():  # killed before the first checkpoint
