@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import fields
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from tests.conftest import run
 from utils.config import TestConfig as ScoreConfig
-from utils.config import TrainConfig, from_json, parse, to_json
+from utils.config import TrainConfig, from_json, parse, to_json, weighted_terms
 from utils.files import InputError, write_json
 
 
@@ -86,3 +87,17 @@ def test_help_lists_every_flag():
     for field in fields(TrainConfig):
         assert f"--{field.name.replace('_', '-')}" in text
     assert "--base-channels" in text
+
+
+def test_weighted_terms():
+    names = ("mse", "ssim", "edge")
+    assert weighted_terms("ssim", names) == {"ssim": 1.0}
+    assert weighted_terms("mse+0.5*ssim+.25*edge", names) == {"mse": 1.0, "ssim": 0.5, "edge": 0.25}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "l1", "mse+", "mse+mse", "0*mse", "-1*mse", "x*mse", "mse*2", "nan*mse", "mse ssim"]
+)
+def test_weighted_terms_that_are_none(text):
+    with pytest.raises(argparse.ArgumentTypeError, match=r"expected one of mse, ssim, or a weighted sum"):
+        weighted_terms(text, ("mse", "ssim"))
