@@ -25,7 +25,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-SCRIPTS = ("dataset/dataset_prep.py", "unet/train.py", "unet/test.py")
+SCRIPTS = (
+    "dataset/dataset_prep.py",
+    "unet/train.py",
+    "unet/test.py",
+    "autoencoder/train.py",
+    "autoencoder/test.py",
+    "autoencoder/study.py",
+)
 WARM_UP, SAMPLES = 32, 256
 
 

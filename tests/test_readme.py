@@ -8,15 +8,16 @@ from dataclasses import fields
 
 import pytest
 
+from autoencoder.test import Config as AutoencoderTestConfig
+from autoencoder.train import Config as AutoencoderConfig
 from tests.conftest import ROOT
 from unet.train import Config as UNetConfig
-from utils.config import TestConfig as ScoreConfig
 
 README = (ROOT / "README.md").read_text()
 
 
 def test_every_flag_is_described():
-    for config in (UNetConfig, ScoreConfig):
+    for config in (UNetConfig, AutoencoderConfig, AutoencoderTestConfig):
         for field in fields(config):
             assert f"`--{field.name.replace('_', '-')}" in README, field.name
 
@@ -24,7 +25,7 @@ def test_every_flag_is_described():
 def test_links_and_paths_exist():
     for path in re.findall(r"\]\(((?!http)[^)]+)\)", README):
         assert (ROOT / path).exists(), path
-    for path in re.findall(r"python ((?:unet|dataset|benchmarks)/\w+\.py)", README):
+    for path in re.findall(r"python ((?:unet|autoencoder|dataset|benchmarks)/\w+\.py)", README):
         assert (ROOT / path).exists(), path
 
 
