@@ -8,6 +8,7 @@ label/). The originals stay as they are; the prepared files lie beside them:
   BASE_DIR/{TrainVal,Test}/color/{cats,dogs}/NAME.jpg   linked to the original where the file system can
   BASE_DIR/{TrainVal,Test}/label/{cats,dogs}/NAME.png   indexed: 0 background, 1 cat, 2 dog, 255 boundary
   BASE_DIR/{TrainVal,Test}/points.csv                   name, class, x, y: one click in the pet, one beside it
+  BASE_DIR/{TrainVal,Test}/prompt/                      with --save-heatmaps: heatmap and mask of every point
   BASE_DIR/prep_report.json                             counts, and every file left out with the reason
   BASE_DIR/stale/                                       prepared files that no longer belong to the data, if any
 
@@ -84,6 +85,9 @@ def main(argv: list[str] | None = None) -> int:
         "--strict", action="store_true", help="exit with 1 when anything was left out (of the original data: some is)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seeds the points and the synthetic pets (default: 0)")
+    parser.add_argument(
+        "--save-heatmaps", action="store_true", help="also write each point's heatmap and mask as pictures"
+    )
     args = parser.parse_args(argv)
     base: Path = args.base_dir
 
@@ -110,7 +114,13 @@ def main(argv: list[str] | None = None) -> int:
 
             draw_dataset(base, args.synthetic, seed=args.seed)
         report, fresh = prepare(base, processes=args.processes, seed=args.seed)
-    print(summary(base, report, fresh))
+        print(summary(base, report, fresh))
+        if args.save_heatmaps:
+            from dataset.pet_heatmap import save_prompts  # needs torch, which nothing else here does
+
+            for split in SPLITS:
+                if any(report["counts"][split].values()):
+                    print(f"  {save_prompts(base, split)} heatmaps and masks: {base / split / 'prompt'}")
     kept = sum(sum(counts.values()) for counts in report["counts"].values())
     return 1 if not kept or (args.strict and report["left_out"]) else 0
 

@@ -283,7 +283,7 @@ def make_loader(dataset: Dataset, batches: EpochBatches, workers: int) -> DataLo
 
 
 def make_train_loaders(
-    config: Any, *, rank: int = 0, world: int = 1
+    config: Any, *, rank: int = 0, world: int = 1, dataset_class: type[PetDataset] = PetDataset
 ) -> tuple[DataLoader, DataLoader, dict[str, list[str]]]:
     """Training and validation loader of a TrainConfig, and the split: {"train": names, "val": names}.
 
@@ -300,10 +300,10 @@ def make_train_loaders(
             f"use --batch-size {len(samples) // world} or less, or more images."
         )
     cache = Cache(records, config.image_size)
-    train_set = PetDataset(
+    train_set = dataset_class(
         records, config.image_size, cache=cache, indices=samples, transform=train_transform(), seed=config.seed
     )
-    val_set = PetDataset(records, config.image_size, cache=cache, indices=val)
+    val_set = dataset_class(records, config.image_size, cache=cache, indices=val)
     shard = {"rank": rank, "world": world}
     train_batches = EpochBatches(len(train_set), config.batch_size, shuffle=True, seed=config.seed, **shard)
     val_batches = EpochBatches(len(val_set), config.batch_size, shuffle=False, **shard)

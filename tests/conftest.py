@@ -19,6 +19,10 @@ torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = ROOT.parent / "shared" / "oxford-pets-sample"  # 600 photographs of Oxford-IIIT Pet in its original layout
+TINY_CLIP = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 32,
+    "patch_size": 8,
+}  # fmt: skip
 TINY = ["--image-size", "32", "--base-channels", "2", "--batch-size", "4", "--workers", "0", "--device", "cpu"]
 
 
@@ -26,7 +30,8 @@ def run(*command: object, cwd: Path | None = None, module: bool = False) -> subp
     """Run a script of the repository as a user would, from another folder and without PYTHONPATH."""
     script, *arguments = map(str, command)
     target = ["-m", script] if module else [str(ROOT / script)]
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
         [sys.executable, *target, *arguments], cwd=cwd or Path("/"), env=environment, capture_output=True, text=True
     )
@@ -65,6 +70,17 @@ def trained(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = run("unet/train.py", "--data", prepared, "--out", out, "--epochs", 2, *TINY)
     assert result.returncode == 0, result.stderr
     return out
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny CLIP vision transformer with random weights, as transformers saves one: 4 x 4 patches of 8 pixels."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("clip") / "tiny"
+    CLIPVisionModel(CLIPVisionConfig(**TINY_CLIP)).save_pretrained(folder)
+    return folder
 
 
 DOG = "images/synthetic_dog_1.jpg"  # the picture that tests spoil

@@ -9,14 +9,25 @@ import torch
 from torch import nn
 
 from autoencoder.model import build_segmenter
+from clip_seg.model import build_segmenter as build_clip_segmenter
+from tests.conftest import TINY_CLIP
 from unet.model import UNet
 from utils.helper import load_model, save_checkpoint
 from utils.loss import cross_entropy
+
+CLIP = {
+    "clip_model": "none", "architecture": TINY_CLIP, "image_size": 32, "frozen": False, "weights_hash": None,
+}  # fmt: skip
 
 # name -> (class, arguments of a tiny one)
 MODELS: dict[str, tuple[Callable[..., nn.Module], dict]] = {
     "unet": (UNet, {"base_channels": 4}),
     "autoencoder": (build_segmenter, {"base_channels": 16}),
+    "clip_seg": (build_clip_segmenter, {"encoder": CLIP | {"image_size": 64}, "base_channels": 8}),
+    "clip_seg-frozen-skips": (
+        build_clip_segmenter,
+        {"encoder": CLIP | {"frozen": True}, "base_channels": 8, "skips": True},
+    ),
     "autoencoder-skips": (build_segmenter, {"base_channels": 16, "skips": True}),
 }
 

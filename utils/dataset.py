@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 from PIL import Image
 
@@ -42,6 +45,11 @@ def _from_colors(colors: np.ndarray) -> np.ndarray:
     for value, color in COLORS.items():
         classes[(colors == color).all(axis=-1)] = value
     return classes
+
+
+def pet_pixels(classes: Any) -> Any:
+    """Where an array or tensor of classes is pet, of either species."""
+    return (classes != 0) & (classes != IGNORE)
 
 
 def decode_label(label: Image.Image) -> np.ndarray:
@@ -109,6 +117,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def resize_image(image: Image.Image, size: int) -> np.ndarray:
     """RGB (size, size, 3) uint8: bilinear with antialiasing, the aspect ratio given up (as in the report)."""
     return np.array(to_rgb(image).resize((size, size), Image.Resampling.BILINEAR))
+
+
+def rescale_point(x: float, y: float, picture_size: Sequence[int], edge: int) -> tuple[float, float]:
+    """A point of a picture of `picture_size` (width, height) after resizing to `edge` x `edge`, in pixels."""
+    width, height = picture_size
+    return (x + 0.5) * edge / width - 0.5, (y + 0.5) * edge / height - 0.5
 
 
 def resize_mask(classes: np.ndarray, size: int) -> np.ndarray:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from utils.config import TestConfig, to_json
-from utils.dataset import CLASSES, encode_label, overlay, resize_image, to_rgb
+from utils.dataset import CLASSES, encode_label, overlay, rescale_point, resize_image, to_rgb
 from utils.files import PICTURE_SUFFIXES, InputError, atomic_path, load_picture, write_json
 from utils.helper import describe_environment, to_device
 from utils.metric import ConfusionMatrix, count_confusion, nan_mean, predict
@@ -83,10 +83,21 @@ def resize_logits(logits: Tensor, size: Sequence[int]) -> Tensor:
 
 
 @torch.inference_mode()
-def segment(model: nn.Module, picture: Image.Image, image_size: int, device: torch.device) -> np.ndarray:
-    """Classes (H, W) uint8 of a picture at its own size; the model sees it at `image_size` x `image_size`."""
+def segment(
+    model: nn.Module,
+    picture: Image.Image,
+    image_size: int,
+    device: torch.device,
+    *,
+    point: tuple[float, float] | None = None,
+) -> np.ndarray:
+    """Classes (H, W) uint8 of a picture at its own size; the model sees it at `image_size` x `image_size`.
+
+    A model that is prompted gets `point`, x and y in pixels of the picture.
+    """
     image = torch.from_numpy(resize_image(picture, image_size)).permute(2, 0, 1)[None]  # (1, 3, size, size)
-    logits = model(to_device({"image": image}, device)["image"])
+    prompt = [] if point is None else [torch.tensor([rescale_point(*point, picture.size, image_size)], device=device)]
+    logits = model(to_device({"image": image}, device)["image"], *prompt)
     return predict(resize_logits(logits, (picture.height, picture.width)))[0].to(torch.uint8).cpu().numpy()
 
 
@@ -168,11 +179,19 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
 
-def segment_pictures(model: nn.Module, checkpoint: dict[str, Any], config: TestConfig, device: torch.device) -> None:
+def segment_pictures(
+    model: nn.Module,
+    checkpoint: dict[str, Any],
+    config: TestConfig,
+    device: torch.device,
+    *,
+    point: tuple[float, float] | None = None,
+) -> None:
     """Write NAME_mask.png (indexed) and NAME_overlay.jpg for each of `config.images`, at the picture's own size.
 
     They go to `config.out`, or to test/images/ beside the checkpoint. Pictures are turned upright as their EXIF
-    orientation says. Those that cannot be read are named in an InputError after all others are done.
+    orientation says. Those that cannot be read are named in an InputError after all others are done. A model that is
+    prompted gets the same `point` of each picture; its mask is 1 where the picture belongs to what lies under it.
     """
     out = config.out or config.checkpoint.parent / "test" / "images"
     problems: list[str] = []
@@ -183,6 +202,10 @@ def segment_pictures(model: nn.Module, checkpoint: dict[str, Any], config: TestC
     for path in tqdm(paths, desc="segment", unit="image", leave=False):
         try:
             picture = to_rgb(load_picture(path, upright=True))
+            if point is not None and not (0 <= point[0] < picture.width and 0 <= point[1] < picture.height):
+                raise InputError(
+                    f"{path}: the point {point} is not in it, it has {picture.width}x{picture.height} pixels"
+                )
         except InputError as error:
             problems.append(str(error))
             continue
@@ -191,14 +214,14 @@ def segment_pictures(model: nn.Module, checkpoint: dict[str, Any], config: TestC
             copy += 1
             stem = f"{path.stem}-{copy}"
         taken.add(stem)
-        classes = segment(model, picture, checkpoint["config"]["image_size"], device)
+        classes = segment(model, picture, checkpoint["config"]["image_size"], device, point=point)
         with atomic_path(out / f"{stem}_mask.png") as temporary:
             encode_label(classes).save(temporary, "PNG")
         with atomic_path(out / f"{stem}_overlay.jpg") as temporary:
             Image.fromarray(overlay(np.asarray(picture), classes)).save(temporary, "JPEG", quality=92)
     print(f"{len(taken)} pictures segmented: {out}")
     if problems:
-        raise InputError("could not be read:\n  " + "\n  ".join(problems))
+        raise InputError("could not be segmented:\n  " + "\n  ".join(problems))
 
 
 def find_pictures(paths: Sequence[Path]) -> Iterator[Path]:

@@ -151,7 +151,7 @@ def fit(
     wrapped, optimizer = accelerator.prepare(torch.compile(model) if config.compile else model, optimizer)
 
     start, rows, best_loss = 0, [], math.inf
-    resumed = open_run(config, split, model_name) if config.resume else None
+    resumed = open_run(config, split, model_name, model_args) if config.resume else None
     if resumed is not None:
         model.load_state_dict(resumed["model"])
         optimizer.load_state_dict(resumed["optimizer"])
@@ -312,10 +312,12 @@ def claim_run(config: TrainConfig, **details: Any) -> None:
     write_json(config.out / "config.json", to_json(config) | details)
 
 
-def open_run(config: TrainConfig, split: dict[str, list[str]], model_name: str) -> dict[str, Any] | None:
+def open_run(
+    config: TrainConfig, split: dict[str, list[str]], model_name: str, model_args: dict[str, Any]
+) -> dict[str, Any] | None:
     """The checkpoint from which `config.out` is resumed, None to start from the beginning.
 
-    InputError when the run used other images, or its checkpoint cannot be resumed from.
+    InputError when the run used other images or another model, or its checkpoint cannot be resumed from.
     """
     out = config.out
     if (out / "split.json").exists() and read_json(out / "split.json") != split:
@@ -325,4 +327,6 @@ def open_run(config: TrainConfig, split: dict[str, list[str]], model_name: str) 
     last = load_checkpoint(out / "last.pt", model_name)
     if "optimizer" not in last:
         raise InputError(f"{out / 'last.pt'} cannot be resumed from: it has no optimizer (is it a copy of best.pt?)")
+    if last["model_args"] != model_args:
+        raise InputError(f"--resume: {out / 'last.pt'} holds {last['model_args']}, expected {model_args}")
     return last

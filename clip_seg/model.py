@@ -1,0 +1,192 @@
+"""CLIP's patch tokens under a U-Net decoder (Radford et al. 2021; report section 5)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from clip_seg.weights import describe, find_weights, hash_weights, load_vision, random_vision
+from utils.files import InputError
+from utils.layers import ClassHead, Normalize, UpBlock
+
+# Mean and standard deviation of the pixels that CLIP was trained on.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+LEVELS = 4
+
+
+class ClipEncoder(nn.Module):
+    """The patch tokens of a CLIP vision transformer as feature maps.
+
+    Takes images (B, 3, H, W) in [0, 1], returns maps (B, channels, g, g) with g = `image_size` / patch, 7 for B/32: the
+    tokens after 1/4, 1/2 and 3/4 of the layers (3, 6 and 9 for B/32), and last those after all.
+
+    `frozen`: no gradients. `elsewhere`: the weights stay out of `state_dict`, because they can be had again.
+    """
+
+    def __init__(
+        self, vision: CLIPVisionModel, *, image_size: int | None = None, frozen: bool = False, elsewhere: bool = False
+    ):
+        super().__init__()
+        self.vision = vision
+        self.image_size = image_size or vision.config.image_size
+        self.frozen = frozen
+        patch = vision.config.patch_size
+        if self.image_size % patch:
+            raise InputError(
+                f"--clip-image-size {self.image_size} is no multiple of the patch of {patch} pixels: "
+                f"use {max(1, round(self.image_size / patch)) * patch}"
+            )
+        self.grid = self.image_size // patch
+        self.channels = vision.config.hidden_size
+        layers = vision.config.num_hidden_layers
+        self.taps = [layers * quarter // 4 for quarter in (1, 2, 3, 4)]
+        self.normalize = Normalize(CLIP_MEAN, CLIP_STD)
+        for name, parameter in vision.named_parameters():
+            # The last norm is for the pooled token alone: nothing here depends on it.
+            parameter.requires_grad_(not frozen and "post_layernorm" not in name)
+        if elsewhere:
+            self.register_state_dict_post_hook(_leave_out)
+            self.register_load_state_dict_pre_hook(_fill_in)
+        self.train()
+
+    def train(self, mode: bool = True) -> ClipEncoder:
+        super().train(mode)
+        if self.frozen:
+            self.vision.eval()
+        return self
+
+    def prepare(self, image: Tensor) -> Tensor:
+        """Images at the encoder's size: bicubic, whole, not cropped; still in [0, 1]."""
+        if image.shape[-2:] == (self.image_size, self.image_size):
+            return image
+        size = (self.image_size, self.image_size)
+        return F.interpolate(image, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+
+    def tokens(self, prepared: Tensor) -> list[Tensor]:
+        """Feature maps of images at the encoder's size."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            states = self.vision(
+                self.normalize(prepared), interpolate_pos_encoding=True, output_hidden_states=True
+            ).hidden_states
+        batch = len(prepared)
+        return [  # the first token is the class token
+            states[layer][:, 1:].transpose(1, 2).reshape(batch, self.channels, self.grid, self.grid)  # (B, 768, 7, 7)
+            for layer in self.taps
+        ]
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        return self.tokens(self.prepare(image))
+
+
+def _leave_out(module: nn.Module, state: dict[str, Tensor], prefix: str, _: Any) -> None:
+    for key in [key for key in state if key.startswith(f"{prefix}vision.")]:
+        del state[key]
+
+
+def _fill_in(module: ClipEncoder, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    state.update(module.vision.state_dict(prefix=f"{prefix}vision."))
+
+
+class Decoder(nn.Module):
+    """The U-Net's decoder on a map of tokens: four blocks, each with twice the height and width and half the channels.
+
+    With `skip_channels`, those of the tokens, the first three blocks also take tokens of shallower layers: a transposed
+    convolution unpacks every token into the patch it stands for, at the block's resolution (after UNETR, Hatamizadeh et
+    al. 2022).
+    """
+
+    def __init__(self, in_channels: int, *, skip_channels: int = 0):
+        super().__init__()
+        widths = [in_channels // 2**level for level in range(LEVELS + 1)]  # 1024, 512, 256, 128, 64
+        self.out_channels = widths[-1]
+        self.unpack = nn.ModuleList()
+        if skip_channels:
+            for level, width in enumerate(widths[1:LEVELS], start=1):
+                self.unpack.append(nn.ConvTranspose2d(skip_channels, max(1, width // 4), 2**level, stride=2**level))
+        skips = [layer.out_channels for layer in self.unpack] + [0] * (LEVELS - len(self.unpack))
+        self.blocks = nn.ModuleList(
+            UpBlock(inputs, outputs, skip_channels=skip) for inputs, outputs, skip in zip(widths, widths[1:], skips)
+        )
+
+    def forward(self, x: Tensor, shallower: Sequence[Tensor]) -> Tensor:
+        """`x` (B, in_channels, g, g) and token maps (B, skip_channels, g, g), the shallowest first -> 16 x the size."""
+        skips = [unpack(tokens) for unpack, tokens in zip(self.unpack, reversed(shallower))]
+        for level, block in enumerate(self.blocks):
+            x = block(x, skips[level] if level < len(skips) else None)  # 7 -> 14 -> 28 -> 56 -> 112
+        return x
+
+
+class ClipSegmenter(nn.Module):
+    """CLIP's tokens, projected to 16 x `base_channels`, under the U-Net's decoder.
+
+    Takes images (B, 3, H, W) in [0, 1], returns logits (B, num_classes, H, W), for any H and W.
+    """
+
+    def __init__(self, encoder: ClipEncoder, num_classes: int = 3, *, base_channels: int = 64, skips: bool = False):
+        super().__init__()
+        self.encoder = encoder
+        self.project = nn.Conv2d(encoder.channels, base_channels * 2**LEVELS, 1)
+        self.decoder = Decoder(base_channels * 2**LEVELS, skip_channels=encoder.channels if skips else 0)
+        self.head = ClassHead(base_channels, num_classes)
+
+    def forward(self, image: Tensor) -> Tensor:
+        *shallower, tokens = self.encoder(image)
+        x = self.decoder(self.project(tokens), shallower)  # (B, 64, 112, 112)
+        return F.interpolate(self.head(x), image.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def make_encoder(
+    clip_model: str, *, image_size: int | None = None, frozen: bool = False, random_init: bool = False
+) -> tuple[ClipEncoder, dict[str, Any]]:
+    """An encoder to train with, and the plain values from which `rebuild_encoder` makes it again.
+
+    A frozen encoder with weights that can be had again is known by their hash; others go into the checkpoint.
+    """
+    vision = random_vision(clip_model) if random_init else load_vision(clip_model)
+    elsewhere = frozen and not random_init
+    encoder = ClipEncoder(vision, image_size=image_size, frozen=frozen, elsewhere=elsewhere)
+    return encoder, {
+        "clip_model": clip_model,
+        "architecture": describe(vision),
+        "image_size": encoder.image_size,
+        "frozen": frozen,
+        "weights_hash": hash_weights(vision) if elsewhere else None,
+    }
+
+
+def rebuild_encoder(
+    *,
+    clip_model: str,
+    architecture: dict[str, Any],
+    image_size: int,
+    frozen: bool,
+    weights_hash: str | None,
+) -> ClipEncoder:
+    """The encoder of `make_encoder`; its weights are found by `clip_model` and hash, or come with the checkpoint."""
+    elsewhere = weights_hash is not None
+    vision = find_weights(clip_model, weights_hash) if elsewhere else CLIPVisionModel(CLIPVisionConfig(**architecture))
+    return ClipEncoder(vision, image_size=image_size, frozen=frozen, elsewhere=elsewhere)
+
+
+def build_segmenter(
+    num_classes: int = 3, *, encoder: dict[str, Any], base_channels: int = 64, skips: bool = False
+) -> ClipSegmenter:
+    """The segmenter that a checkpoint's `model_args` describe."""
+    return ClipSegmenter(rebuild_encoder(**encoder), num_classes, base_channels=base_channels, skips=skips)
+
+
+def moved(build: Callable[..., nn.Module], clip_model: str | None) -> Callable[..., nn.Module]:
+    """`build`, looking for the weights of a frozen encoder in `clip_model` where that is given."""
+
+    @functools.wraps(build)
+    def build_there(*, encoder: dict[str, Any], **options: Any) -> nn.Module:
+        return build(encoder=encoder | ({"clip_model": clip_model} if clip_model else {}), **options)
+
+    return build_there

@@ -1,0 +1,192 @@
+"""Scores of a model prompted by clicks, and its picture."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from dataset.pet_heatmap import Click, read_points
+from point_clip.model import CLASS_NAMES, PointClip
+from utils.config import TestConfig, to_json
+from utils.dataset import overlay, pet_pixels, rescale_point, to_rgb
+from utils.dataset_prep import point_mask, random_pixel
+from utils.evaluation import Evaluation, format_scores, pick_examples, resize_logits, results_folder, segment
+from utils.files import load_picture, write_json
+from utils.helper import describe_environment, to_device
+from utils.metric import ConfusionMatrix, count_confusion, nan_mean, predict
+from utils.plot import plot_pictures
+
+KINDS = {True: "pet", False: "background"}
+DRAWN = 5  # clicks on either side for the spread: ten an image
+
+
+@torch.inference_mode()
+def score_clicks(
+    model: PointClip,
+    checkpoint: dict[str, Any],
+    loader: DataLoader,
+    config: TestConfig,
+    device: torch.device,
+    *,
+    synthetic: bool,
+) -> dict[str, Any]:
+    """Score the fixed clicks of a split and ten more per image; writes metrics.json and predictions.png, prints.
+
+    The scores are over object and ground, both kinds of click together and apart. `own_mask` is the share of clicks
+    inside their own mask; `flips` the share of images where each of the two fixed clicks lies in its own mask and not
+    in the other's. `spread` is the standard deviation of an image's object IoU over five clicks of a kind, mean over
+    images. The baseline knows the pet's true outline and never looks at the click.
+    """
+    out = results_folder(config)
+    records = loader.dataset.records
+    fixed = read_points(records)
+    size = checkpoint["config"]["image_size"]
+    counts: dict[str, list[Tensor]] = {kind: [] for kind in KINDS.values()}
+    blind: list[Tensor] = []
+    drawn: list[dict[bool, list[float]]] = []
+    image_iou: list[float] = []
+    own: list[bool] = []
+    flips: list[bool] = []
+    began, done = time.perf_counter(), 0
+    for batch in tqdm(loader, desc="test", leave=False):
+        features = model.encode(to_device(batch, device)["image"])
+        for position, label in enumerate(batch["label"]):
+            image_features = [part[position : position + 1] for part in features]
+            clicks = fixed[done]
+            more = draw_clicks(label, np.random.default_rng([0, done]))
+            masks = predict_clicks(model, image_features, [*clicks, *more], label.shape, size)
+            tables = []
+            for click, mask in zip([*clicks, *more], masks):
+                target = torch.from_numpy(point_mask(label, int(click.x), int(click.y))).to(device)
+                tables.append(count_confusion(mask, target, 2).cpu())
+                own.append(bool(mask[int(click.y), int(click.x)]))
+            scores = [ConfusionMatrix(CLASS_NAMES, table).iou()[1] for table in tables]
+            for click, table in zip(clicks, tables):
+                counts[KINDS[click.on_pet]].append(table)
+                blind.append(table_of_the_outline(label, click))
+            image_iou.append(nan_mean(scores[: len(clicks)]))
+            if len(clicks) == 2:
+                flips.append(all(flipped(masks[: len(clicks)], clicks)))
+            drawn.append({on_pet: [] for on_pet in KINDS})
+            for click, iou in zip(more, scores[len(clicks) :]):
+                drawn[-1][click.on_pet].append(iou)
+            done += 1
+    seconds = time.perf_counter() - began
+
+    both = [table for tables in counts.values() for table in tables]
+    metrics = Evaluation(torch.stack(both), CLASS_NAMES, seconds).metrics()
+    outline = ConfusionMatrix(CLASS_NAMES, torch.stack(blind).sum(dim=0))
+    spread = [statistics.stdev(values) for image in drawn for values in image.values() if len(values) > 1]
+    metrics |= {
+        "images": len(image_iou),
+        "clicks": len(both),
+        "skipped": {kind: len(image_iou) - len(tables) for kind, tables in counts.items()},
+        "baseline": {"name": "true outline, blind to the click", **outline.scores()},
+        "by_click": {
+            kind: ConfusionMatrix(CLASS_NAMES, torch.stack(tables).sum(dim=0)).scores()
+            for kind, tables in counts.items()
+            if tables
+        },
+        "spread": {
+            "clicks": 2 * DRAWN,
+            "iou_mean": nan_mean(value for image in drawn for values in image.values() for value in values),
+            "iou_std": nan_mean(spread),
+        },
+        "own_mask": sum(own) / len(own),
+        "flips": sum(flips) / len(flips) if flips else None,
+        "score_size": config.score_size,
+        "model": checkpoint["model_name"],
+        "epoch": checkpoint["epoch"],
+        "synthetic": synthetic,
+        "images_per_second": len(image_iou) / seconds,
+        "config": to_json(config),
+        "environment": describe_environment(device),
+    }
+    write_json(out / "metrics.json", metrics)
+    note = "synthetic drawings: the scores compare with nothing" if synthetic else ""
+    plot_examples(model, records, fixed, image_iou, out / "predictions.png", size, device, note)
+    title = f"{config.checkpoint}: {len(both)} clicks on {len(image_iou)} images of {config.data / config.split}"
+    print(format_scores(metrics, f"{title} ({note})" if note else title))
+    for kind, scores in metrics["by_click"].items():
+        print(f"  clicks on the {kind}: object IoU {100 * scores['iou']['object']:.1f}")
+    print(
+        f"  {100 * metrics['own_mask']:.1f} % of {len(own)} clicks lie in their own mask; moving the click flips it on "
+        f"{100 * metrics['flips'] if flips else 0:.1f} % of {len(flips)} images\n"
+        f"  object IoU over {2 * DRAWN} clicks an image: mean {100 * metrics['spread']['iou_mean']:.1f}, "
+        f"standard deviation within an image {100 * metrics['spread']['iou_std']:.1f}\n"
+        f"  without such a point, skipped: {metrics['skipped']}\n{out / 'metrics.json'}\n{out / 'predictions.png'}"
+    )
+    return metrics
+
+
+def draw_clicks(label: np.ndarray, rng: np.random.Generator) -> list[Click]:
+    """Up to five random clicks on the pet and five on the background of a label (H, W)."""
+    clicks = []
+    for on_pet, where in ((True, pet_pixels(label)), (False, label == 0)):
+        points = [random_pixel(where, rng) for _ in range(DRAWN)]
+        clicks += [Click(*point, on_pet) for point in points if point is not None]
+    return clicks
+
+
+def predict_clicks(
+    model: PointClip, features: Sequence[Tensor], clicks: Sequence[Click], shape: Sequence[int], size: int
+) -> Tensor:
+    """Masks (N, H, W) of N clicks on one image of `shape` (H, W), whose features were computed at `size` pixels."""
+    points = [rescale_point(click.x, click.y, shape[::-1], size) for click in clicks]
+    logits = model.decode(features, torch.tensor(points, device=features[0].device), (size, size))
+    return predict(resize_logits(logits, shape))
+
+
+def flipped(masks: Tensor, clicks: Sequence[Click]) -> list[bool]:
+    """Of each of two masks: does it hold its own click, and not the other's?"""
+    inside = [[bool(mask[int(click.y), int(click.x)]) for click in clicks] for mask in masks]
+    return [row[index] and not row[1 - index] for index, row in enumerate(inside)]
+
+
+def table_of_the_outline(label: np.ndarray, click: Click) -> Tensor:
+    """The confusion of answering a click with the pet's true outline, whatever was clicked."""
+    target = torch.from_numpy(point_mask(label, int(click.x), int(click.y)))
+    return count_confusion(torch.from_numpy(pet_pixels(label)).long(), target, 2)
+
+
+def plot_examples(
+    model: PointClip,
+    records: Sequence[Any],
+    fixed: Sequence[Sequence[Click]],
+    image_iou: Sequence[float],
+    path: Any,
+    size: int,
+    device: torch.device,
+    note: str,
+) -> None:
+    """Best, median and worst images: photograph, truth, and the answer to either click, which is marked."""
+    rows = []
+    for rank, index in pick_examples(image_iou):
+        photo = to_rgb(load_picture(records[index].image))
+        pixels = np.asarray(photo)
+        answers = {kind: np.full_like(pixels, 255) for kind in KINDS}
+        for click in fixed[index]:
+            mask = segment(model, photo, size, device, point=(click.x, click.y))
+            answers[click.on_pet] = with_mark(overlay(pixels, mask), click.x, click.y)
+        caption = f"{rank}: {records[index].name}\nobject IoU {image_iou[index]:.2f}"
+        rows.append((caption, [pixels, overlay(pixels, records[index].load_label()), *answers.values()]))
+    plot_pictures(path, rows, ("photograph", "truth", "click on the pet", "click beside it"), note)
+
+
+def with_mark(pixels: np.ndarray, x: float, y: float) -> np.ndarray:
+    """A copy of a picture (H, W, 3) with a white dot, ringed in black, at a point."""
+    picture = Image.fromarray(pixels)
+    draw = ImageDraw.Draw(picture)
+    for radius, color in ((0.022, "black"), (0.015, "white")):
+        edge = radius * max(picture.size)
+        draw.ellipse((x - edge, y - edge, x + edge, y + edge), fill=color)
+    return np.asarray(picture)

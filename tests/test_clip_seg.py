@@ -1,0 +1,219 @@
+"""clip_seg/: CLIP's features, its weights, and the scripts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
+
+from clip_seg.model import (
+    ClipEncoder,
+    ClipSegmenter,
+    Decoder,
+    build_segmenter,
+    make_encoder,
+    moved,
+    rebuild_encoder,
+)
+from clip_seg.weights import hash_weights, load_vision
+from tests.conftest import TINY, TINY_CLIP, run
+from utils.files import InputError
+from utils.helper import load_checkpoint
+
+TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize("image_size", [32, 48])
+def test_tokens_are_those_of_transformers_in_their_place(clip_folder, image_size):
+    encoder = ClipEncoder(load_vision(str(clip_folder)), image_size=image_size).eval()
+    images = torch.rand(2, 3, image_size, image_size)
+    theirs = CLIPVisionModel.from_pretrained(clip_folder).eval()
+    with torch.inference_mode():
+        maps = encoder(images)
+        states = theirs(encoder.normalize(images), interpolate_pos_encoding=image_size != 32, output_hidden_states=True)
+    grid = image_size // 8
+    assert [tuple(part.shape) for part in maps] == [(2, 32, grid, grid)] * 4
+    for row in range(grid):
+        for column in range(grid):
+            expected = states.last_hidden_state[:, 1 + row * grid + column]
+            torch.testing.assert_close(maps[-1][:, :, row, column], expected, atol=1e-5, rtol=0)
+    assert torch.equal(maps[1].flatten(2).transpose(1, 2), states.hidden_states[2][:, 1:]), "after half of the layers"
+
+
+@pytest.mark.parametrize("corner", [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_a_brighter_corner_changes_that_corner_of_the_features_most(clip_folder, corner):
+    encoder = ClipEncoder(load_vision(str(clip_folder))).eval()
+    image = torch.rand(1, 3, 64, 64) * 0.5
+    brighter = image.clone()
+    rows, columns = (slice(0, 16) if place == 0 else slice(48, 64) for place in corner)
+    brighter[..., rows, columns] += 0.5
+    with torch.inference_mode():
+        change = (encoder(brighter)[-1] - encoder(image)[-1]).abs().sum(dim=1)[0]
+    assert divmod(int(change.argmax()), 4) == (3 * corner[0], 3 * corner[1])
+
+
+def test_full_size_has_the_shapes_of_the_design():
+    encoder, arguments = make_encoder("openai/clip-vit-base-patch32", random_init=True)
+    assert arguments["weights_hash"] is None, "random weights come with the checkpoint"
+    assert sum(parameter.numel() for parameter in encoder.parameters()) == 87_456_000
+    assert encoder.taps == [3, 6, 9, 12]
+    with torch.inference_mode():
+        maps = encoder.eval()(torch.rand(1, 3, 256, 256))
+    assert [tuple(part.shape) for part in maps] == [(1, 768, 7, 7)] * 4
+    model = ClipSegmenter(encoder)
+    assert (model.project.in_channels, model.project.out_channels) == (768, 1024)
+    assert [block.up.out_channels for block in model.decoder.blocks] == [512, 256, 128, 64]
+    assert model.decoder(torch.rand(1, 1024, 7, 7), []).shape == (1, 64, 112, 112)
+
+
+@pytest.mark.parametrize(("patch", "grid"), [(32, 7), (16, 14), (14, 16)])
+def test_patches_of_other_sizes(patch, grid):
+    vision = CLIPVisionModel(CLIPVisionConfig(**TINY_CLIP | {"patch_size": patch, "image_size": 224}))
+    logits = ClipSegmenter(ClipEncoder(vision), base_channels=1, skips=True)(torch.rand(2, 3, 50, 70))
+    assert ClipEncoder(vision).grid == grid and logits.shape == (2, 3, 50, 70)
+
+
+def test_every_skip_reaches_the_output():
+    torch.manual_seed(0)
+    tokens = [torch.rand(2, 8, 3, 3, requires_grad=True) for _ in range(3)]
+    output = Decoder(64, skip_channels=8)(torch.rand(2, 64, 3, 3), tokens)
+    assert output.shape == (2, 4, 48, 48)
+    output.square().sum().backward()
+    assert all(bool((part.grad != 0).all()) for part in tokens)
+
+
+def test_preparation_agrees_with_clips_own_where_both_resize_the_same_way(clip_folder):
+    """CLIPImageProcessor crops to a square; on square images it resizes as we do, but for rounding to 8 bits."""
+    from transformers import CLIPImageProcessor
+
+    encoder = ClipEncoder(load_vision(str(clip_folder)))
+    torch.manual_seed(0)
+    images = (
+        torch.nn.functional.interpolate(torch.rand(2, 3, 12, 12), (64, 64), mode="bilinear").mul(255).to(torch.uint8)
+    )
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)
+    theirs = processor(list(images), return_tensors="pt")["pixel_values"]
+    ours = encoder.normalize(encoder.prepare(images / 255))
+    torch.testing.assert_close(ours, theirs, atol=1.5 / 255 / 0.26, rtol=0)
+
+
+def test_a_frozen_encoder_is_left_out_of_the_checkpoint_and_found_again(clip_folder, tmp_path):
+    encoder, arguments = make_encoder(str(clip_folder), frozen=True)
+    model = ClipSegmenter(encoder, base_channels=2)
+    state = model.state_dict()
+    assert not any("vision" in key for key in state) and "decoder.blocks.0.up.weight" in state
+    rebuilt = build_segmenter(encoder=arguments, base_channels=2)
+    rebuilt.load_state_dict(state)
+    image = torch.rand(1, 3, 40, 40)
+    with torch.inference_mode():
+        assert torch.equal(rebuilt.eval()(image), model.eval()(image))
+
+    shutil.copytree(clip_folder, tmp_path / "elsewhere")
+    arguments["clip_model"] = str(tmp_path / "gone")
+    with pytest.raises(InputError, match=r"no CLIP weights for --clip-model .*gone"):
+        build_segmenter(encoder=arguments)
+    moved(build_segmenter, str(tmp_path / "elsewhere"))(encoder=arguments)
+
+
+def test_trained_weights_are_in_the_checkpoint(clip_folder):
+    encoder, arguments = make_encoder(str(clip_folder))
+    model = ClipSegmenter(encoder, base_channels=2)
+    state = model.state_dict()
+    assert any("vision" in key for key in state) and arguments["weights_hash"] is None
+    arguments["clip_model"] = "nowhere"  # and so nothing has to be found
+    build_segmenter(encoder=arguments, base_channels=2).load_state_dict(state)
+
+
+def test_other_weights_under_the_same_name_are_refused(clip_folder, tmp_path):
+    folder = tmp_path / "tiny"
+    shutil.copytree(clip_folder, folder)
+    _, arguments = make_encoder(str(folder), frozen=True)
+    weights = load_file(folder / "model.safetensors")
+    name = next(key for key in weights if "mlp.fc1.weight" in key)
+    weights[name] = weights[name] + 1e-3
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"holds other weights .* than the model was trained on"):
+        rebuild_encoder(**arguments)
+
+
+def test_a_whole_clip_gives_its_vision_half(tmp_path):
+    torch.manual_seed(0)
+    whole = CLIPModel(CLIPConfig(vision_config=TINY_CLIP, text_config=TEXT))
+    whole.save_pretrained(tmp_path)
+    assert hash_weights(load_vision(str(tmp_path))) == hash_weights(_vision_of(whole))
+
+
+def _vision_of(whole: CLIPModel) -> CLIPVisionModel:
+    vision = CLIPVisionModel(CLIPVisionConfig(**TINY_CLIP))
+    vision.load_state_dict(whole.vision_model.state_dict())
+    return vision
+
+
+def test_half_precision_weights_become_float32(tmp_path):
+    CLIPVisionModel(CLIPVisionConfig(**TINY_CLIP)).half().save_pretrained(tmp_path)
+    assert {parameter.dtype for parameter in load_vision(str(tmp_path)).parameters()} == {torch.float32}
+
+
+def test_models_that_are_no_vision_transformer_of_clip(tmp_path, clip_folder):
+    CLIPTextModel(CLIPTextConfig(**TEXT)).save_pretrained(tmp_path / "text")
+    with pytest.raises(InputError, match=r"is a clip_text_model model, expected a CLIP with a vision transformer"):
+        load_vision(str(tmp_path / "text"))
+    (tmp_path / "resnet").mkdir()
+    (tmp_path / "resnet/config.json").write_text('{"model_type": "resnet"}')
+    with pytest.raises(InputError, match=r"is a resnet model, expected a CLIP"):
+        load_vision(str(tmp_path / "resnet"))
+    (tmp_path / "rn50").mkdir()
+    (tmp_path / "rn50/config.json").write_text('{"architecture": "resnet50_clip"}')  # as timm saves OpenAI's RN50
+    with pytest.raises(InputError, match=r"no CLIP weights for --clip-model .*rn50"):
+        load_vision(str(tmp_path / "rn50"))
+    (tmp_path / "empty").mkdir()
+    shutil.copy(clip_folder / "config.json", tmp_path / "empty")
+    with pytest.raises(InputError, match=r"(?s)no CLIP weights for .*empty.*hf download openai/.*--clip-random-init"):
+        load_vision(str(tmp_path / "empty"))
+
+
+def test_missing_weights_are_never_filled_in_at_random(clip_folder, tmp_path):
+    shutil.copytree(clip_folder, tmp_path / "tiny")
+    weights = load_file(clip_folder / "model.safetensors")
+    del weights[next(key for key in weights if "layers.3.mlp.fc2.bias" in key)]
+    save_file(weights, tmp_path / "tiny/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"lacks 1 weights of a CLIP vision transformer, .*layers\.3\.mlp\.fc2\.bias"):
+        load_vision(str(tmp_path / "tiny"))
+
+
+def test_an_image_size_that_is_no_multiple_of_the_patch(clip_folder):
+    with pytest.raises(InputError, match=r"--clip-image-size 45 is no multiple of the patch of 8 pixels: use 48"):
+        make_encoder(str(clip_folder), image_size=45)
+
+
+def test_the_scripts_train_checkpoint_reload_and_test(clip_folder, prepared, tmp_path):
+    out = tmp_path / "run"
+    flags = ["--data", prepared, "--out", out, "--clip-model", clip_folder, "--freeze-encoder", "--skips", *TINY]
+    result = run("clip_seg/train.py", *flags, "--epochs", 1)
+    assert result.returncode == 0, result.stderr
+    result = run("clip_seg/train.py", "--out", out, "--resume", "--epochs", 2)
+    assert result.returncode == 0, result.stderr
+    last = load_checkpoint(out / "last.pt", "clip_seg")
+    assert last["epoch"] == 2 and not any("vision" in key for key in last["model"])
+    trained = sum(not key.endswith(("mean", "var", "tracked")) for key in last["model"])
+    assert len(last["optimizer"]["state"]) == trained, "a frozen encoder takes no optimizer memory"
+    result = run("clip_seg/test.py", "--data", prepared, "--checkpoint", out / "best.pt")
+    assert result.returncode == 0, result.stderr
+    assert json.loads((out / "test/metrics.json").read_text())["model"] == "clip_seg"
+
+
+def test_weights_that_cannot_be_had_say_how_to_get_them(prepared, tmp_path):
+    result = run("clip_seg/train.py", "--data", prepared, "--out", tmp_path / "run", *TINY)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    for part in (
+        "openai/clip-vit-base-patch32",
+        "hf download",
+        "a folder that holds config.json",
+        "--clip-random-init",
+    ):
+        assert part in result.stderr
+    assert not (tmp_path / "run").exists()
