@@ -32,6 +32,10 @@ SCRIPTS = (
     "autoencoder/train.py",
     "autoencoder/test.py",
     "autoencoder/study.py",
+    "clip_seg/train.py",
+    "clip_seg/test.py",
+    "point_clip/train.py",
+    "point_clip/test.py",
 )
 WARM_UP, SAMPLES = 32, 256
 
@@ -197,6 +201,110 @@ def bench_train_step(repeats: int) -> dict:
     }  # fmt: skip
 
 
+def bench_clip(repeats: int) -> dict:
+    """ViT-B/32 of full size with random weights: its preparation of images, clicks, and training with it frozen."""
+    import torch
+    from transformers import CLIPImageProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    from clip_seg.model import ClipSegmenter, make_encoder
+    from point_clip.model import PointClip
+    from utils.loss import cross_entropy
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    name = "openai/clip-vit-base-patch32"
+    torch.manual_seed(0)
+    pictures = torch.randint(0, 256, (32, 3, 256, 256), dtype=torch.uint8)
+    images = pictures.to(device) / 255
+
+    def waiting(work: Callable[[], object]) -> Callable[[], None]:
+        def run() -> None:
+            work()
+            synchronize()
+
+        return run
+
+    encoder = make_encoder(name, frozen=True, random_init=True)[0].to(device).eval()
+    arrays = list(pictures.permute(0, 2, 3, 1).numpy())
+    processor, processor_pil = CLIPImageProcessor(), CLIPImageProcessorPil()
+    preparation = in_turn(
+        repeats,
+        own=waiting(lambda: encoder.normalize(encoder.prepare(images))),
+        processor=waiting(lambda: processor(list(pictures), return_tensors="pt")["pixel_values"].to(device)),
+        processor_pil=waiting(lambda: processor_pil(arrays, return_tensors="pt")["pixel_values"].to(device)),
+    )
+
+    clicks: dict[str, dict] = {}
+    points = torch.rand(10, 2, device=device) * 255
+    for encoding in ("disk", "heatmap"):
+        model = PointClip(encoder, encoding=encoding).to(device, memory_format=torch.channels_last).eval()
+        features = model.encode(images[:1])
+
+        def click(count: int, model: PointClip = model) -> None:
+            model.decode(model.encode(images[:1]), points[:count], (256, 256))
+
+        with torch.inference_mode():
+            seconds = in_turn(
+                repeats,
+                encode=waiting(lambda model=model: model.encode(images[:1])),
+                decode=waiting(lambda model=model, features=features: model.decode(features, points[:1], (256, 256))),
+                one_click=waiting(lambda click=click: click(1)),
+                ten_clicks=waiting(lambda click=click: click(10)),
+            )
+        ratios = [ten / one for ten, one in zip(seconds["ten_clicks"], seconds["one_click"])]
+        clicks[encoding] = {key: spread(values, 4) for key, values in seconds.items()} | {"ten_to_one": spread(ratios)}
+
+    count = 32 if device.type == "cuda" else 4
+    target = torch.randint(0, 3, (count, 256, 256), dtype=torch.uint8, device=device)
+    steps: dict[str, Callable[[], None]] = {}
+    kept: dict[str, float] = {}
+    for kind in ("frozen", "unfrozen"):
+        model = ClipSegmenter(make_encoder(name, frozen=kind == "frozen", random_init=True)[0])
+        model.to(device, memory_format=torch.channels_last).train()
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-6)
+
+        def step(model: ClipSegmenter = model, optimizer: torch.optim.Optimizer = optimizer) -> None:
+            optimizer.zero_grad()
+            cross_entropy(model(images[:count]), target).backward()
+            optimizer.step()
+
+        storages: dict[int, int] = {}  # what backward keeps in the encoder: activations, not the weights themselves
+        weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+        def pack(tensor: torch.Tensor, storages: dict = storages, weights: set = weights) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            features = model.encoder(images[:count])
+        del features
+        kept[kind] = round(sum(storages.values()) / 2**20, 1)
+        steps[kind] = waiting(step)
+    training = in_turn(repeats, forward_alone=waiting(lambda: _without_gradients(encoder, images[:count])), **steps)
+    return {
+        "device": str(device),
+        "preparation_of_32_images": {key: spread(values, 4) for key, values in preparation.items()}
+        | {
+            f"{key}_to_own": spread([a / b for a, b in zip(preparation[key], preparation["own"])], 2)
+            for key in ("processor", "processor_pil")
+        },
+        "clicks_on_one_image": clicks,
+        "train_step": {"batch_size": count}
+        | {f"{key}_seconds": spread(values, 4) for key, values in training.items()}
+        | {"encoder_MiB_kept_for_backward": kept},
+    }
+
+
+def _without_gradients(module: Callable, images: object) -> None:
+    import torch
+
+    with torch.no_grad():
+        module(images)
+
+
 def bench_start(repeats: int) -> dict:
     """Seconds until `--help` has answered."""
     works = {
@@ -235,6 +343,7 @@ def main() -> None:
         figures["preparation"] = bench_preparation(original, folder, args.repeats)
         figures["loader"] = bench_loader(folder / "prep0", args.repeats)
         figures["train_step"] = bench_train_step(args.repeats)
+        figures["clip"] = bench_clip(args.repeats)
     print(json.dumps(figures, indent=2))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

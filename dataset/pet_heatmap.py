@@ -89,11 +89,12 @@ def under_click(mask: Tensor, on_pet: Tensor) -> Tensor:
 
 
 class PetHeatmapDataset(PetDataset):
-    """A PetDataset whose items also hold a click: `point` (2,), x and y in pixels of the item's image, and `on_pet`.
+    """A PetDataset whose items also hold clicks: `point` (K, 2), x and y in pixels of the item's image, `on_pet` (K,).
 
-    With `transform` (training) the click is drawn from the augmented mask, on the pet or beside it with equal chance.
-    Half of these items also hold a click to `avoid` (2,), on what does not lie under the first; elsewhere it is NaN.
-    Without (validation) a sample is a photograph with one of its fixed points. The heatmap is drawn by the model.
+    With `transform` (training) two clicks are drawn from the augmented mask, on the pet and beside it, so that every
+    image teaches that the click matters. In half of these items either click is also the one to `avoid` (K, 2) for the
+    other; elsewhere that is NaN. Without (validation) a sample is a photograph with one of its fixed points. The
+    heatmaps are drawn by the model.
     """
 
     def __init__(self, records: Sequence[Record], size: int, **options: Any):
@@ -113,25 +114,24 @@ class PetHeatmapDataset(PetDataset):
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         item = super().__getitem__(key)
         epoch, sample = key if isinstance(key, tuple) else (0, key)
-        avoid = None
         if self.transform is None:
-            x, y, on_pet = self.clicks[sample]
+            clicks, avoided = [self.clicks[sample]], False
         else:
             # A stream of its own: the augmentation has drawn from (seed, epoch, sample).
             rng = np.random.default_rng([self.seed, epoch, sample, 1])
             mask = item["mask"].numpy()
-            points = {True: random_pixel(pet_pixels(mask), rng), False: random_pixel(mask == 0, rng)}
-            on_pet = bool(rng.integers(2))
-            if points[on_pet] is None:
-                on_pet = not on_pet
-            if points[on_pet] is None:
+            sides = {True: pet_pixels(mask), False: mask == 0}
+            kinds = [on_pet for on_pet, where in sides.items() if where.any()]
+            if not kinds:
                 raise InputError(f"{self.records[self.indices[sample]].label} holds neither pet nor background")
-            x, y = points[on_pet]
-            avoid = points[not on_pet] if rng.integers(2) else None
+            # Where there is no such thing as a click of the other kind, two of the same.
+            clicks = [Click(*random_pixel(sides[on_pet], rng), on_pet) for on_pet in (kinds[0], kinds[-1])]
+            avoided = len(kinds) == 2 and bool(rng.integers(2))
+        points = torch.tensor([[click.x, click.y] for click in clicks], dtype=torch.float32)
         return item | {
-            "point": torch.tensor([x, y], dtype=torch.float32),
-            "avoid": torch.tensor(avoid or (math.nan, math.nan), dtype=torch.float32),
-            "on_pet": torch.tensor(on_pet),
+            "point": points,
+            "avoid": points.flip(0) if avoided else torch.full_like(points, math.nan),
+            "on_pet": torch.tensor([click.on_pet for click in clicks]),
         }
 
 

@@ -49,7 +49,8 @@ class PointClip(nn.Module):
         else:
             self.project = nn.Conv2d(encoder.channels, base_channels * 2**LEVELS, 1)
             self.decoder = Decoder(base_channels * 2**LEVELS, skip_channels=skip_channels)
-            self.reduce = nn.Conv2d(base_channels, CLICK_CHANNELS, 1)
+            # Normalized, so that the product of two places' features is positive where they are alike.
+            self.reduce = nn.Sequential(nn.Conv2d(base_channels, CLICK_CHANNELS, 1), nn.BatchNorm2d(CLICK_CHANNELS))
             self.head = ClickHead(CLICK_CHANNELS)
 
     def encode(self, image: Tensor) -> list[Tensor]:
@@ -64,16 +65,16 @@ class PointClip(nn.Module):
     ) -> Tensor:
         """Logits (N, 1, H, W) for clicks `point` (N, 2), x and y in pixels of images of `image_size` (H, W).
 
-        `features` are those of N images, or of one image for all clicks. `avoid` (N, 2) are clicks on what is not
-        wanted, NaN where there is none; the heatmap encoding has no place for them. InputError for a point that is NaN
-        or outside the image (looked at in eval mode alone: looking makes a GPU wait).
+        `features` are those of B images, `point` holds N / B clicks on the first, as many on the second, and so on.
+        `avoid` (N, 2) are clicks on what is not wanted, NaN where there is none; the heatmap encoding has no place for
+        them. InputError for a point that is NaN or outside the image (in eval mode alone: looking makes a GPU wait).
         """
         height, width = image_size
         edges = point.new_tensor([width, height])
         if not self.training:
             check_points(point, edges)
         place = (point + 0.5) / edges  # (N, 2), 0 and 1 at the image's borders
-        features = [part.expand(len(point), -1, -1, -1) for part in features]
+        features = [part.repeat_interleave(len(point) // len(part), dim=0) for part in features]
         if self.encoding == "heatmap":
             logits = self._combine(features, self.encoder.tokens(self._heatmaps(place)))
         else:
@@ -81,7 +82,7 @@ class PointClip(nn.Module):
         return F.interpolate(logits, (height, width), mode="bilinear", align_corners=False)
 
     def forward(self, image: Tensor, point: Tensor, avoid: Tensor | None = None) -> Tensor:
-        """Logits (B, 1, H, W) for images (B, 3, H, W) in [0, 1] and one click each, as `encode` and `decode` give."""
+        """Logits (N, 1, H, W) for images (B, 3, H, W) in [0, 1] and N / B clicks on each, as in `decode`."""
         return self.decode(self.encode(image), point, image.shape[-2:], avoid)
 
     def _heatmaps(self, place: Tensor) -> Tensor:
@@ -97,7 +98,8 @@ class ClickHead(nn.Module):
     """Compares every place with the one under the click: features, their products with those clicked, and disks.
 
     Features (N, C, h, w) and places (N, 2) in 0..1 -> logits (N, 1, h, w). The product carries the click to the far end
-    of the image, the disks say exactly where it was.
+    of the image, the disks say exactly where it was. Its mean over the channels, how alike two places are, is where the
+    logits start from.
     """
 
     def __init__(self, channels: int):
@@ -110,7 +112,8 @@ class ClickHead(nn.Module):
         for click in (place, torch.full_like(place, math.nan) if avoid is None else avoid):
             parts.append(features * features_at(features, click))
             disks.append(draw_disks(click, *features.shape[-2:]))
-        return self.classify(self.compare(torch.cat([*parts, *disks], dim=1)))
+        alike = parts[1].mean(dim=1, keepdim=True)  # (N, 1, h, w)
+        return alike + self.classify(self.compare(torch.cat([*parts, *disks], dim=1)))
 
 
 def features_at(features: Tensor, place: Tensor) -> Tensor:

@@ -43,9 +43,10 @@ def main() -> None:
     criterion = SegmentationLoss(config.loss, "ignore")  # the boundary is dealt with below
 
     def step(model, batch):
-        mask, on_pet = batch["mask"], batch["on_pet"]
-        avoid = batch["avoid"] if config.point_encoding == "disk" else None
-        logits = model(batch["image"], batch["point"], avoid)
+        clicks = batch["point"].shape[1]  # on every image
+        mask, on_pet = batch["mask"].repeat_interleave(clicks, dim=0), batch["on_pet"].flatten()
+        avoid = batch["avoid"].flatten(0, 1) if config.point_encoding == "disk" else None
+        logits = model(batch["image"], batch["point"].flatten(0, 1), avoid)
         # A boundary that counts as background lies under a click on the background.
         learned = torch.where(mask == IGNORE, 0, mask) if config.boundary == "background" else mask
         two = torch.cat([torch.zeros_like(logits), logits], dim=1)  # the softmax of (0, z) is the sigmoid of z

@@ -72,16 +72,15 @@ def test_drawn_clicks_lie_in_their_class_after_augmentation(prepared):
     for epoch in range(1, 9):
         for sample in range(len(dataset)):
             item = dataset[(epoch, sample)]
-            x, y = map(int, item["point"])
             pet = pet_pixels(item["mask"])
-            assert bool(pet[y, x]) == bool(item["on_pet"]) and item["mask"][y, x] != IGNORE
+            for (x, y), on_pet in zip(item["point"].int().tolist(), item["on_pet"].tolist()):
+                assert bool(pet[y, x]) == on_pet and item["mask"][y, x] != IGNORE
+                kinds.append(on_pet)
+                points.add((sample, x, y))
             if not item["avoid"].isnan().any():
-                ax, ay = map(int, item["avoid"])
-                assert bool(pet[ay, ax]) != bool(item["on_pet"]) and item["mask"][ay, ax] != IGNORE
+                assert torch.equal(item["avoid"], item["point"].flip(0))
                 avoided += 1
-            kinds.append(bool(item["on_pet"]))
-            points.add((sample, x, y))
-    assert 0.3 < np.mean(kinds) < 0.7 and 0.3 < avoided / len(kinds) < 0.7
+    assert np.mean(kinds) == 0.5 and 0.3 < 2 * avoided / len(kinds) < 0.7
     assert len(points) > 0.9 * len(kinds), "drawn anew in every epoch"
     again = train_set(prepared)[(3, 5)]
     assert all(torch.equal(again[key], dataset[(3, 5)][key]) for key in ("image", "mask", "point", "on_pet"))
@@ -102,13 +101,13 @@ def test_fixed_clicks_are_those_of_the_file(prepared):
     points = read_points(records)
     for sample in range(len(dataset)):
         item, click = dataset[sample], points[sample // 2][sample % 2]
-        assert item["name"] == records[sample // 2].name and bool(item["on_pet"]) == click.on_pet
+        assert item["name"] == records[sample // 2].name and item["on_pet"].tolist() == [click.on_pet]
         assert records[sample // 2].load_label()[int(click.y), int(click.x)] == (
             records[sample // 2].species if click.on_pet else 0
         )
         with Image.open(records[sample // 2].image) as picture:
             expected = [(click.x + 0.5) * 64 / picture.width - 0.5, (click.y + 0.5) * 64 / picture.height - 0.5]
-        assert item["point"].tolist() == pytest.approx(expected) and item["avoid"].isnan().all()
+        assert item["point"][0].tolist() == pytest.approx(expected) and item["avoid"].isnan().all()
 
 
 @pytest.fixture
@@ -168,7 +167,7 @@ def test_a_training_image_that_is_all_pet_is_clicked_on_the_pet(prepared):
     dataset.cache = [(np.zeros((48, 48, 3), np.uint8), np.full((48, 48), 2, np.uint8))] * len(dataset)
     for sample in range(len(dataset)):
         item = dataset[(1, sample)]
-        assert item["on_pet"] and item["avoid"].isnan().all()
+        assert item["on_pet"].tolist() == [True, True] and item["avoid"].isnan().all()
 
 
 def test_pictures_of_the_prompts(copy):
