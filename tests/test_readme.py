@@ -10,6 +10,8 @@ import pytest
 
 from autoencoder.test import Config as AutoencoderTestConfig
 from autoencoder.train import Config as AutoencoderConfig
+from point_clip.test import Config as PointTestConfig
+from point_clip.train import Config as PointConfig
 from tests.conftest import ROOT
 from unet.train import Config as UNetConfig
 
@@ -17,7 +19,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_every_flag_is_described():
-    for config in (UNetConfig, AutoencoderConfig, AutoencoderTestConfig):
+    for config in (UNetConfig, AutoencoderConfig, AutoencoderTestConfig, PointConfig, PointTestConfig):
         for field in fields(config):
             assert f"`--{field.name.replace('_', '-')}" in README, field.name
 
@@ -25,7 +27,7 @@ def test_every_flag_is_described():
 def test_links_and_paths_exist():
     for path in re.findall(r"\]\(((?!http)[^)]+)\)", README):
         assert (ROOT / path).exists(), path
-    for path in re.findall(r"python ((?:unet|autoencoder|dataset|benchmarks)/\w+\.py)", README):
+    for path in re.findall(r"python ((?:unet|autoencoder|clip_seg|point_clip|dataset|benchmarks)/\w+\.py)", README):
         assert (ROOT / path).exists(), path
 
 

@@ -75,7 +75,7 @@ def test_the_edge_loss_is_about_edges():
     assert edge_loss(image + 0.1, image).item() == pytest.approx(0, abs=1e-6), "brightness is left open"
     shifted = image.roll(1, dims=-1)  # moves the edge by a pixel, and wraps one column around
     # Of 15 steps to the right in a row two differ by 0.8 at the edge, and one at the border; none downwards.
-    assert edge_loss(shifted[..., 1:], image[..., 1:]).item() == pytest.approx(2 * 0.8 / 14)
+    assert edge_loss(shifted[..., 1:], image[..., 1:]).item() == pytest.approx(2 * 0.8**2 / 14)
 
 
 def test_a_weighted_sum_is_the_sum_of_its_parts():
