@@ -86,10 +86,10 @@ def score_reconstruction(
 
     Writes reconstruction.json (with `details`) and reconstructions.png (best, median and worst by PSNR) into `out`.
     `factor` is by how much the bottleneck is smaller than the image. The mean image is that of the scored images
-    themselves, so no mean of other images would score better.
+    themselves: about the best that one picture for all can do.
     """
-    total = sum(to_device(batch, device)["image"].sum(dim=0, dtype=torch.float64) for batch in loader)
-    mean_image = (total / len(loader.dataset)).float()
+    total = sum(batch["image"].sum(dim=0, dtype=torch.int64) for batch in loader)
+    mean_image = (total / (255 * len(loader.dataset))).to(device)
     values: dict[str, list[Tensor]] = {}
     for batch in tqdm(loader, desc="reconstruct", leave=False):
         image = to_device(batch, device)["image"]

@@ -47,7 +47,7 @@ def main() -> None:
         segment_pictures(segmenter, checkpoint, config, device)
         return
     encoder = checkpoint["config"]["encoder"]
-    own = config.checkpoint.parents[1] / "reconstruction" / "best.pt"
+    own = config.checkpoint.absolute().parent.parent / "reconstruction" / "best.pt"
     first = config.reconstruction or (Path(encoder) if encoder else own)
     autoencoder = None
     if encoder == "random" or (config.reconstruction is None and not first.exists()):
@@ -61,11 +61,11 @@ def main() -> None:
                 f"{first} holds another encoder than {config.checkpoint}: give its own as --reconstruction"
             )
     loader = make_test_loader(config, checkpoint["config"]["image_size"])
-    score(segmenter, checkpoint, loader, config, device, synthetic=is_synthetic(config.data))
     if autoencoder is not None:
         score_reconstruction(
             autoencoder, loader, device, results_folder(config), factor=2**LEVELS, details={"checkpoint": str(first)}
         )
+    score(segmenter, checkpoint, loader, config, device, synthetic=is_synthetic(config.data))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ class Config(TrainConfig):
     lr: float = flag(1e-3, "learning rate of the head, with Adam", low=0)
     pretrain_epochs: int = flag(50, "most passes over the training images for the reconstruction", low=1)
     pretrain_lr: float = flag(1e-3, "learning rate of the reconstruction", low=0)
-    pretrain_min_delta: float = flag(1e-4, "--min-delta of the reconstruction, whose losses are smaller", low=0)
+    pretrain_min_delta: float = flag(1e-5, "--min-delta of the reconstruction, whose losses are smaller", low=0)
     reconstruction_loss: str = flag(
         "mse", "mse, ssim, edge or a weighted sum such as mse+0.5*ssim", parse=reconstruction_loss
     )
@@ -89,6 +89,8 @@ def main() -> None:
             )
         return model.encoder
 
+    if (config.out / "last.pt").exists():
+        raise InputError(f"{config.out} is one stage of a run: give the whole run, --out {config.out.parent}")
     accelerator = make_accelerator(config)
     shard = {"rank": accelerator.process_index, "world": accelerator.num_processes}
     train_loader, val_loader, split = make_train_loaders(config, **shard)

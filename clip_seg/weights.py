@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def find_weights(name: str, expected_hash: str) -> CLIPVisionModel:
 
 def _not_there(name: str, error: Exception) -> InputError:
     reason = str(error).strip().split("\n")[0]
-    wanted = name if "/" in name and not Path(name).exists() else DEFAULT
+    wanted = name if re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not Path(name).exists() else DEFAULT
     return InputError(
         f"no CLIP weights for --clip-model {name}: {reason}\n"
         f"Where there is internet, fetch them with: hf download {wanted}\n"

@@ -44,7 +44,7 @@ def read_points(records: Sequence[Record]) -> list[list[Click]]:
     prepared = {file.stem for file in (path.parent / "color").glob("*/*.jpg")}
     clicks: dict[str, list[Click]] = {record.name: [] for record in records}
     species = {record.name: CLASSES[record.species] for record in records}
-    sizes = {record.name: _size(record.image) for record in records}
+    sizes = {record.name: picture_size(record.image) for record in records}
     with path.open(newline="") as file:
         rows = csv.DictReader(file)
         if rows.fieldnames != ["name", "class", "x", "y"]:
@@ -62,7 +62,7 @@ def read_points(records: Sequence[Record]) -> list[list[Click]]:
             except (TypeError, ValueError):
                 x = y = math.nan
             width, height = sizes[name]
-            if not (0 <= x < width and 0 <= y < height):
+            if not (0 <= x <= width - 1 and 0 <= y <= height - 1):
                 raise InputError(
                     f"{where}: ({row['x']}, {row['y']}) is no point of {name}, which is {width}x{height}. {again}"
                 )
@@ -74,7 +74,8 @@ def read_points(records: Sequence[Record]) -> list[list[Click]]:
     return list(clicks.values())
 
 
-def _size(path: Path) -> tuple[int, int]:
+def picture_size(path: Path) -> tuple[int, int]:
+    """Width and height, from the file's header."""
     with Image.open(path) as picture:
         return picture.size
 
@@ -106,7 +107,9 @@ class PetHeatmapDataset(PetDataset):
             points = read_points([records[index] for index in picked])
             self.indices = [index for index, clicks in zip(picked, points) for _ in clicks]
             self.clicks = [
-                click._replace(**dict(zip("xy", rescale_point(click.x, click.y, _size(records[index].image), size))))
+                click._replace(
+                    **dict(zip("xy", rescale_point(click.x, click.y, picture_size(records[index].image), (size, size))))
+                )
                 for index, clicks in zip(picked, points)
                 for click in clicks
             ]

@@ -119,8 +119,9 @@ class ClickHead(nn.Module):
 def features_at(features: Tensor, place: Tensor) -> Tensor:
     """Features (N, C, 1, 1) of maps (N, C, h, w) at places (N, 2) in 0..1, bilinear; zeros where the place is NaN."""
     grid = (2 * place.nan_to_num(0.5) - 1)[:, None, None, :]  # (N, 1, 1, 2)
-    found = F.grid_sample(features, grid.to(features.dtype), padding_mode="border", align_corners=False)
-    return torch.where(place.isnan().any(dim=1)[:, None, None, None], 0, found)
+    # In float32: in bfloat16 a place would be known to a hundredth of the image only.
+    found = F.grid_sample(features.float(), grid, padding_mode="border", align_corners=False)
+    return torch.where(place.isnan().any(dim=1)[:, None, None, None], 0, found).to(features.dtype)
 
 
 def draw_disks(place: Tensor, height: int, width: int) -> Tensor:

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dataset.pet_heatmap import Click, read_points
+from dataset.pet_heatmap import Click, picture_size, read_points, under_click
 from point_clip.model import CLASS_NAMES, PointClip
 from utils.config import TestConfig, to_json
 from utils.dataset import overlay, pet_pixels, rescale_point, to_rgb
-from utils.dataset_prep import point_mask, random_pixel
+from utils.dataset_prep import random_pixel
 from utils.evaluation import Evaluation, format_scores, pick_examples, resize_logits, results_folder, segment
 from utils.files import load_picture, write_json
 from utils.helper import describe_environment, to_device
@@ -51,6 +51,7 @@ def score_clicks(
     fixed = read_points(records)
     size = checkpoint["config"]["image_size"]
     counts: dict[str, list[Tensor]] = {kind: [] for kind in KINDS.values()}
+    both: list[Tensor] = []  # of the fixed clicks of each image together
     blind: list[Tensor] = []
     drawn: list[dict[bool, list[float]]] = []
     image_iou: list[float] = []
@@ -61,18 +62,20 @@ def score_clicks(
         features = model.encode(to_device(batch, device)["image"])
         for position, label in enumerate(batch["label"]):
             image_features = [part[position : position + 1] for part in features]
-            clicks = fixed[done]
+            clicks = [in_label(click, picture_size(records[done].image), label.shape) for click in fixed[done]]
             more = draw_clicks(label, np.random.default_rng([0, done]))
             masks = predict_clicks(model, image_features, [*clicks, *more], label.shape, size)
             tables = []
             for click, mask in zip([*clicks, *more], masks):
-                target = torch.from_numpy(point_mask(label, int(click.x), int(click.y))).to(device)
-                tables.append(count_confusion(mask, target, 2).cpu())
+                tables.append(count_confusion(mask.cpu(), target_of(label, click), 2))
                 own.append(bool(mask[int(click.y), int(click.x)]))
             scores = [ConfusionMatrix(CLASS_NAMES, table).iou()[1] for table in tables]
             for click, table in zip(clicks, tables):
                 counts[KINDS[click.on_pet]].append(table)
-                blind.append(table_of_the_outline(label, click))
+                blind.append(count_confusion(torch.from_numpy(pet_pixels(label)).long(), target_of(label, click), 2))
+            both.append(
+                torch.stack(tables[: len(clicks)]).sum(dim=0) if clicks else torch.zeros(2, 2, dtype=torch.int64)
+            )
             image_iou.append(nan_mean(scores[: len(clicks)]))
             if len(clicks) == 2:
                 flips.append(all(flipped(masks[: len(clicks)], clicks)))
@@ -82,13 +85,12 @@ def score_clicks(
             done += 1
     seconds = time.perf_counter() - began
 
-    both = [table for tables in counts.values() for table in tables]
     metrics = Evaluation(torch.stack(both), CLASS_NAMES, seconds).metrics()
     outline = ConfusionMatrix(CLASS_NAMES, torch.stack(blind).sum(dim=0))
     spread = [statistics.stdev(values) for image in drawn for values in image.values() if len(values) > 1]
     metrics |= {
         "images": len(image_iou),
-        "clicks": len(both),
+        "clicks": len(blind),
         "skipped": {kind: len(image_iou) - len(tables) for kind, tables in counts.items()},
         "baseline": {"name": "true outline, blind to the click", **outline.scores()},
         "by_click": {
@@ -114,7 +116,7 @@ def score_clicks(
     write_json(out / "metrics.json", metrics)
     note = "synthetic drawings: the scores compare with nothing" if synthetic else ""
     plot_examples(model, records, fixed, image_iou, out / "predictions.png", size, device, note)
-    title = f"{config.checkpoint}: {len(both)} clicks on {len(image_iou)} images of {config.data / config.split}"
+    title = f"{config.checkpoint}: {len(blind)} clicks on {len(image_iou)} images of {config.data / config.split}"
     print(format_scores(metrics, f"{title} ({note})" if note else title))
     for kind, scores in metrics["by_click"].items():
         print(f"  clicks on the {kind}: object IoU {100 * scores['iou']['object']:.1f}")
@@ -141,7 +143,7 @@ def predict_clicks(
     model: PointClip, features: Sequence[Tensor], clicks: Sequence[Click], shape: Sequence[int], size: int
 ) -> Tensor:
     """Masks (N, H, W) of N clicks on one image of `shape` (H, W), whose features were computed at `size` pixels."""
-    points = [rescale_point(click.x, click.y, shape[::-1], size) for click in clicks]
+    points = [rescale_point(click.x, click.y, shape[::-1], (size, size)) for click in clicks]
     logits = model.decode(features, torch.tensor(points, device=features[0].device), (size, size))
     return predict(resize_logits(logits, shape))
 
@@ -152,10 +154,16 @@ def flipped(masks: Tensor, clicks: Sequence[Click]) -> list[bool]:
     return [row[index] and not row[1 - index] for index, row in enumerate(inside)]
 
 
-def table_of_the_outline(label: np.ndarray, click: Click) -> Tensor:
-    """The confusion of answering a click with the pet's true outline, whatever was clicked."""
-    target = torch.from_numpy(point_mask(label, int(click.x), int(click.y)))
-    return count_confusion(torch.from_numpy(pet_pixels(label)).long(), target, 2)
+def in_label(click: Click, photo: Sequence[int], shape: Sequence[int]) -> Click:
+    """A click of a photograph of size (width, height) as a pixel of its label (H, W), which may be resized."""
+    point = rescale_point(click.x, click.y, photo, shape[::-1])
+    x, y = (min(max(round(place), 0), edge - 1) for place, edge in zip(point, shape[::-1]))
+    return Click(x, y, click.on_pet)
+
+
+def target_of(label: np.ndarray, click: Click) -> Tensor:
+    """What lies under a click: 1 there, 0 elsewhere, 255 on the boundary; (H, W)."""
+    return under_click(torch.from_numpy(label)[None], torch.tensor([click.on_pet]))[0]
 
 
 def plot_examples(

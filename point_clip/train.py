@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from clip_seg.train import ClipConfig
 from utils.config import flag, parse, run_script
+from utils.files import InputError
 
 
 @dataclass
@@ -28,6 +29,8 @@ class Config(ClipConfig):
 
 def main() -> None:
     config = parse(Config, __doc__)
+    if config.point_encoding == "heatmap" and config.base_channels != Config.base_channels:
+        raise InputError("--base-channels is for --point-encoding disk: with a heatmap CLIP's width is the decoder's")
 
     # Heavy imports come after parsing, so that --help answers at once.
     import torch

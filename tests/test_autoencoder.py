@@ -210,3 +210,11 @@ def test_a_finished_first_stage_is_not_touched_when_the_second_resumes(two_stage
     assert result.returncode == 0, result.stderr
     assert (out / "reconstruction/last.pt").read_bytes() == before
     assert load_checkpoint(out / "segmentation/last.pt", "autoencoder")["epoch"] == 3
+
+
+def test_a_stage_is_not_resumed_alone(two_stages):
+    for stage in ("segmentation", "reconstruction"):
+        before = (two_stages / stage / "config.json").read_bytes()
+        result = run("autoencoder/train.py", "--out", two_stages / stage, "--resume")
+        assert result.returncode == 1 and f"give the whole run, --out {two_stages}" in result.stderr
+        assert (two_stages / stage / "config.json").read_bytes() == before

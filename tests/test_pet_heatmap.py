@@ -58,8 +58,8 @@ def test_masks_of_either_click():
 
 
 def test_points_move_with_the_picture():
-    assert rescale_point(0, 0, (100, 50), 100) == (0, 0.5)
-    assert rescale_point(99.5, 49.5, (100, 50), 200) == (199.5, 199.5)  # the last corner stays the corner
+    assert rescale_point(0, 0, (100, 50), (100, 100)) == (0, 0.5)
+    assert rescale_point(99.5, 49.5, (100, 50), (200, 200)) == (199.5, 199.5)  # the last corner stays the corner
 
 
 def train_set(prepared, seed=0, size=48) -> PetHeatmapDataset:

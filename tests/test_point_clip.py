@@ -27,6 +27,7 @@ from utils.loss import cross_entropy
 
 ENCODINGS = ("heatmap", "disk")
 SIZE = (67, 75)
+HEATMAP = [part for part in TINY if part not in ("--base-channels", "2")]
 
 
 def build(encoding: str, **options) -> PointClip:
@@ -241,7 +242,7 @@ def test_the_scripts(encoding, clip_folder, prepared, tmp_path):
     out = tmp_path / "run"
     result = run(
         "point_clip/train.py", "--data", prepared, "--out", out, "--clip-model", clip_folder,
-        "--point-encoding", encoding, "--freeze-encoder", "--epochs", 1, *TINY,
+        "--point-encoding", encoding, "--freeze-encoder", "--epochs", 1, *(TINY if encoding == "disk" else HEATMAP),
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     last = load_checkpoint(out / "last.pt", "point_clip")
@@ -269,3 +270,21 @@ def test_the_scripts(encoding, clip_folder, prepared, tmp_path):
         ]:
             result = run("point_clip/test.py", *flags, *arguments)
             assert result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_scores_at_another_size(prepared, tmp_path):
+    """Clicks are moved to the size that is scored; the model that knows the outline is nearly perfect there, too."""
+    config = ScoreConfig(
+        data=prepared, checkpoint=tmp_path / "best.pt", out=tmp_path, workers=0, batch_size=5, score_size=64
+    )
+    checkpoint = {"model_name": "point_clip", "epoch": 1, "config": {"image_size": 64}}
+    loader = make_test_loader(config, 64)
+    model = Oracle(find_records(prepared, "Test"), blind=False)
+    model.labels = [torch.from_numpy(loader.dataset[index]["label"]) for index in range(12)]
+    metrics = score_clicks(model, checkpoint, loader, config, torch.device("cpu"), synthetic=True)
+    assert metrics["iou"]["mean"] > 0.9 and metrics["own_mask"] > 0.95 and metrics["clicks"] == 24
+
+
+def test_a_width_that_has_no_effect_is_refused(prepared, tmp_path):
+    result = run("point_clip/train.py", "--data", prepared, "--out", tmp_path / "run", "--base-channels", 2)
+    assert result.returncode == 1 and "--base-channels is for --point-encoding disk" in result.stderr

@@ -37,3 +37,15 @@ def test_scores_are_those_of_the_run(folder):
     for label in metrics["iou"]:
         row = " | ".join(f"{100 * metrics[kind][label]:.1f}" for kind in ("iou", "dice", "accuracy"))
         assert f"| {label} | {row} |" in README
+
+
+def test_the_table_of_the_pretraining_study_is_its_own():
+    from autoencoder.study import format_table
+
+    results = ROOT / "results/pretraining-sample"
+    study = json.loads((results / "study.json").read_text())
+    table = format_table(study["runs"])
+    assert table == (results / "table.md").read_text() and table in README
+    for run in study["runs"]:
+        folder = results / f"seed{run['seed']}" / run["name"] / ("" if run["name"] == "unet" else "segmentation")
+        assert json.loads((folder / "test/metrics.json").read_text())["iou"] == run["iou"]

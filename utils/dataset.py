@@ -119,10 +119,9 @@ def resize_image(image: Image.Image, size: int) -> np.ndarray:
     return np.array(to_rgb(image).resize((size, size), Image.Resampling.BILINEAR))
 
 
-def rescale_point(x: float, y: float, picture_size: Sequence[int], edge: int) -> tuple[float, float]:
-    """A point of a picture of `picture_size` (width, height) after resizing to `edge` x `edge`, in pixels."""
-    width, height = picture_size
-    return (x + 0.5) * edge / width - 0.5, (y + 0.5) * edge / height - 0.5
+def rescale_point(x: float, y: float, old: Sequence[int], new: Sequence[int]) -> tuple[float, float]:
+    """A point, in pixels, of a picture of `old` (width, height) after resizing it to `new`; pixel centers are whole."""
+    return (x + 0.5) * new[0] / old[0] - 0.5, (y + 0.5) * new[1] / old[1] - 0.5
 
 
 def resize_mask(classes: np.ndarray, size: int) -> np.ndarray:

@@ -96,7 +96,11 @@ def segment(
     A model that is prompted gets `point`, x and y in pixels of the picture.
     """
     image = torch.from_numpy(resize_image(picture, image_size)).permute(2, 0, 1)[None]  # (1, 3, size, size)
-    prompt = [] if point is None else [torch.tensor([rescale_point(*point, picture.size, image_size)], device=device)]
+    prompt = (
+        []
+        if point is None
+        else [torch.tensor([rescale_point(*point, picture.size, (image_size, image_size))], device=device)]
+    )
     logits = model(to_device({"image": image}, device)["image"], *prompt)
     return predict(resize_logits(logits, (picture.height, picture.width)))[0].to(torch.uint8).cpu().numpy()
 
@@ -202,7 +206,7 @@ def segment_pictures(
     for path in tqdm(paths, desc="segment", unit="image", leave=False):
         try:
             picture = to_rgb(load_picture(path, upright=True))
-            if point is not None and not (0 <= point[0] < picture.width and 0 <= point[1] < picture.height):
+            if point is not None and not (0 <= point[0] <= picture.width - 1 and 0 <= point[1] <= picture.height - 1):
                 raise InputError(
                     f"{path}: the point {point} is not in it, it has {picture.width}x{picture.height} pixels"
                 )
