@@ -54,7 +54,7 @@ def main() -> None:
         why = "the encoder was never trained" if encoder == "random" else f"{first} is not there"
         log.info("the reconstruction is not scored: %s", why)
     else:
-        autoencoder, _ = load_model(first, Autoencoder, "reconstruction", device)
+        autoencoder, _ = load_model(first, Autoencoder, "autoencoder/reconstruction", device)
         state = autoencoder.encoder.state_dict()
         if any(not value.equal(state[key]) for key, value in segmenter.encoder.state_dict().items()):
             raise InputError(

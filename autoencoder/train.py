@@ -80,7 +80,7 @@ def main() -> None:
     second_began = (second.out / "last.pt").exists()
 
     def load_encoder(path):
-        model, checkpoint = load_model(path, Autoencoder, "reconstruction", torch.device("cpu"))
+        model, checkpoint = load_model(path, Autoencoder, "autoencoder/reconstruction", torch.device("cpu"))
         width = checkpoint["model_args"]["base_channels"]
         if width != config.base_channels:
             raise InputError(
@@ -123,7 +123,7 @@ def main() -> None:
         claim_run(config)
     if encoder is None:
         if not second_began:
-            train(Autoencoder(**model_args), reconstruct, first, "reconstruction", model_args)
+            train(Autoencoder(**model_args), reconstruct, first, "autoencoder/reconstruction", model_args)
         encoder = load_encoder(first.out / "best.pt")
 
     seed_everything(config.seed)  # the head starts the same whether or not the first stage ran in this process

@@ -75,7 +75,7 @@ def test_a_frozen_encoder_stays_in_eval_mode():
 
 
 def test_the_second_stage_leaves_the_encoder_as_it_was(two_stages):
-    first = load_checkpoint(two_stages / "reconstruction/best.pt", "reconstruction")["model"]
+    first = load_checkpoint(two_stages / "reconstruction/best.pt", "autoencoder/reconstruction")["model"]
     encoder = {key: value for key, value in first.items() if key.startswith("encoder.")}
     assert any("running_var" in key for key in encoder)
     for file in ("best.pt", "last.pt"):
@@ -109,7 +109,7 @@ def test_scores_and_reconstructions(two_stages, prepared, tmp_path):
     assert "PSNR (dB)" in result.stdout
 
     other = tmp_path / "other.pt"
-    saved = load_checkpoint(two_stages / "reconstruction/best.pt", "reconstruction")
+    saved = load_checkpoint(two_stages / "reconstruction/best.pt", "autoencoder/reconstruction")
     saved["model"]["encoder.blocks.0.0.weight"] += 1
     torch.save(saved, other)
     result = run("autoencoder/test.py", "--data", prepared, "--checkpoint", checkpoint, "--reconstruction", other)
@@ -141,8 +141,8 @@ def test_encoders_that_do_not_fit(two_stages, trained, prepared, tmp_path):
     for encoder, flags, message in [
         (tmp_path / "none.pt", [], "no such checkpoint"),
         (first, ["--base-channels", "4"], "an encoder of 2 base channels, expected 4: give --base-channels 2"),
-        (trained / "best.pt", [], "holds a unet model, expected reconstruction"),
-        (two_stages / "segmentation/best.pt", [], "holds a autoencoder model, expected reconstruction"),
+        (trained / "best.pt", [], "holds a unet model, expected autoencoder/reconstruction"),
+        (two_stages / "segmentation/best.pt", [], "holds a autoencoder model, expected autoencoder/reconstruction"),
     ]:
         result = run(*TRAIN, "--data", prepared, "--out", tmp_path / "out", "--encoder", encoder, *flags)
         assert result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr
@@ -192,12 +192,12 @@ def test_killed_in_either_stage_the_run_ends_the_same(prepared, tmp_path):
                 time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        name = {"reconstruction": "reconstruction", "segmentation": "autoencoder"}[stage]
+        name = {"reconstruction": "autoencoder/reconstruction", "segmentation": "autoencoder"}[stage]
         assert 0 < load_checkpoint(killed / stage / "last.pt", name)["epoch"] < 25
     final = run("autoencoder/train.py", "--out", killed, "--resume")
     assert final.returncode == 0, final.stderr
     assert "reconstruction: epoch" not in final.stderr, "the first stage is over"
-    for stage, name in (("reconstruction", "reconstruction"), ("segmentation", "autoencoder")):
+    for stage, name in (("reconstruction", "autoencoder/reconstruction"), ("segmentation", "autoencoder")):
         for file in ("best.pt", "last.pt"):
             assert_same_weights(*(load_checkpoint(out / stage / file, name) for out in (whole, killed)))
 

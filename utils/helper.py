@@ -62,12 +62,12 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path, model_name: str) -> dict[str, Any]:
-    """Read a checkpoint that `save_checkpoint` wrote for model `model_name`, onto the CPU.
+    """Read a checkpoint that `save_checkpoint` wrote for model `model_name` (FOLDER or FOLDER/STAGE), onto the CPU.
 
     InputError when the file is missing, truncated, not a checkpoint, of another model, or would run code on loading.
     """
     if not path.is_file():
-        raise InputError(f"{path}: no such checkpoint. Every train.py writes best.pt and last.pt into its --out")
+        raise InputError(f"{path}: no such checkpoint. Train first: python {model_name.split('/')[0]}/train.py")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
