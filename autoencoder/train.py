@@ -127,9 +127,9 @@ def main() -> None:
         encoder = load_encoder(first.out / "best.pt")
 
     seed_everything(config.seed)  # the head starts the same whether or not the first stage ran in this process
-    model_args |= {"num_classes": len(CLASSES), "skips": config.skips}
-    segmenter = AutoencoderSegmenter(encoder, model_args["num_classes"], skips=config.skips)
-    train(segmenter, segment, second, "autoencoder", model_args)
+    segmenter = AutoencoderSegmenter(encoder, len(CLASSES), skips=config.skips)
+    options = {"num_classes": len(CLASSES), "skips": config.skips}
+    train(segmenter, segment, second, "autoencoder", model_args | options)
 
 
 if __name__ == "__main__":

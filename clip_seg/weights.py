@@ -53,9 +53,7 @@ def read_config(name: str) -> CLIPVisionConfig:
     """The config of a hub id or a local folder; InputError when it is not that of a CLIP vision transformer."""
     try:
         config = AutoConfig.from_pretrained(name)
-    except (
-        Exception
-    ) as error:  # offline, a misspelled id, a folder without a config, a model transformers does not know
+    except Exception as error:  # offline, a misspelled id, no config, a model that transformers does not know
         raise _not_there(name, error) from error
     vision = getattr(config, "vision_config", config) if config.model_type == "clip" else config
     if not isinstance(vision, CLIPVisionConfig):

@@ -49,8 +49,11 @@ class PointClip(nn.Module):
         else:
             self.project = nn.Conv2d(encoder.channels, base_channels * 2**LEVELS, 1)
             self.decoder = Decoder(base_channels * 2**LEVELS, skip_channels=skip_channels)
-            # Normalized, so that the product of two places' features is positive where they are alike.
-            self.reduce = nn.Sequential(nn.Conv2d(base_channels, CLICK_CHANNELS, 1), nn.BatchNorm2d(CLICK_CHANNELS))
+            # Every channel centered within its image, so that the product of two places' features is positive where
+            # they are alike. (Batch norm's running mean lags behind features that change fast.)
+            self.reduce = nn.Sequential(
+                nn.Conv2d(base_channels, CLICK_CHANNELS, 1), nn.GroupNorm(CLICK_CHANNELS, CLICK_CHANNELS)
+            )
             self.head = ClickHead(CLICK_CHANNELS)
 
     def encode(self, image: Tensor) -> list[Tensor]:
