@@ -1,8 +1,8 @@
 """python autoencoder/study.py --data Dataset --out runs/pretraining
 
 Does pre-training help? Trains a head, with and without skips, on the frozen encoder of every reconstruction loss and on
-one that was never trained, and a U-Net: same data, same number of epochs, several seeds. A study that
-was stopped goes on when it is started again with the same flags. Writes study.json (every run) and table.md.
+one that was never trained, and a U-Net: same data, same number of epochs, several seeds. A study that was stopped goes
+on when it is started again with the same flags. Writes study.json (every run) and table.md.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ def main() -> None:
         raise InputError(f"{config.out} holds a study with other settings, see {kept}: choose another --out")
     write_json(kept, settings)
 
-    runs = []
-    for number, (seed, name, model, options) in enumerate(plan(config), start=1):
-        print(f"--- {number} of {len(plan(config))}: {name}, seed {seed}", flush=True)
+    planned, runs = plan(config), []
+    for number, (seed, name, model, options) in enumerate(planned, start=1):
+        print(f"--- {number} of {len(planned)}: {name}, seed {seed}", flush=True)
         folder = config.out / f"seed{seed}" / name
         train_and_test(config, seed, folder, model, options)
         runs.append({"name": name, "seed": seed, **read_scores(folder, model)})
@@ -79,10 +79,14 @@ def plan(config: Config) -> list[tuple[int, str, str, list[str]]]:
     return runs
 
 
+def last_stage(folder: Path, model: str) -> Path:
+    """Where the segmentation of a run is: the autoencoder's has a folder of its own."""
+    return folder / "segmentation" if model == "autoencoder" else folder
+
+
 def train_and_test(config: Config, seed: int, folder: Path, model: str, options: Sequence[str]) -> None:
     """Train and test one run as a user would; what is finished is not done again, what was stopped goes on."""
-    last_stage = folder / "segmentation" if model == "autoencoder" else folder
-    if (last_stage / "test" / "metrics.json").exists():
+    if (last_stage(folder, model) / "test" / "metrics.json").exists():
         return
     shared = {field.name: getattr(config, field.name) for field in fields(Config)}
     for own in ("out", "seeds", "pretrain_epochs"):
@@ -92,7 +96,7 @@ def train_and_test(config: Config, seed: int, folder: Path, model: str, options:
     place = ["--data", str(config.data), "--device", config.device, "--workers", str(config.workers)]
     commands = [
         ["train.py", *flags, "--out", str(folder), "--seed", str(seed), "--patience", "0", *options, *resume],
-        ["test.py", *place, "--checkpoint", str(last_stage / "best.pt")],
+        ["test.py", *place, "--checkpoint", str(last_stage(folder, model) / "best.pt")],
     ]
     for script, *arguments in commands:
         result = subprocess.run([sys.executable, str(ROOT / model / script), *arguments])
@@ -102,7 +106,7 @@ def train_and_test(config: Config, seed: int, folder: Path, model: str, options:
 
 def read_scores(folder: Path, model: str) -> dict[str, Any]:
     """The scores of a finished run: those of its segmentation, and of its reconstruction where it has one."""
-    test = (folder / "segmentation" if model == "autoencoder" else folder) / "test"
+    test = last_stage(folder, model) / "test"
     metrics = read_json(test / "metrics.json")
     scores = {key: metrics[key] for key in ("iou", "dice", "accuracy", "pixel_accuracy", "baseline", "epoch", "images")}
     if (test / "reconstruction.json").exists():

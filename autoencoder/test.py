@@ -6,7 +6,6 @@ python autoencoder/test.py --images PATH ...
 
 from __future__ import annotations
 
-import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.config import TestConfig, flag, parse, run_script
 from utils.files import InputError
-
-log = logging.getLogger("utils.autoencoder")
 
 
 @dataclass
@@ -52,7 +49,7 @@ def main() -> None:
     autoencoder = None
     if encoder == "random" or (config.reconstruction is None and not first.exists()):
         why = "the encoder was never trained" if encoder == "random" else f"{first} is not there"
-        log.info("the reconstruction is not scored: %s", why)
+        print(f"the reconstruction is not scored: {why}", file=sys.stderr)
     else:
         autoencoder, _ = load_model(first, Autoencoder, "autoencoder/reconstruction", device)
         state = autoencoder.encoder.state_dict()

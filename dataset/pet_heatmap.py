@@ -100,19 +100,15 @@ class PetHeatmapDataset(PetDataset):
 
     def __init__(self, records: Sequence[Record], size: int, **options: Any):
         super().__init__(records, size, **options)
-        self.size = size
         self.clicks: list[Click] = []
         if self.transform is None:
             picked = list(self.indices)
             points = read_points([records[index] for index in picked])
-            self.indices = [index for index, clicks in zip(picked, points) for _ in clicks]
-            self.clicks = [
-                click._replace(
-                    **dict(zip("xy", rescale_point(click.x, click.y, picture_size(records[index].image), (size, size))))
-                )
-                for index, clicks in zip(picked, points)
-                for click in clicks
-            ]
+            self.indices = []
+            for index, clicks in zip(picked, points):
+                photo = picture_size(records[index].image)
+                self.indices += [index] * len(clicks)
+                self.clicks += [Click(*rescale_point(x, y, photo, (size, size)), on_pet) for x, y, on_pet in clicks]
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         item = super().__getitem__(key)

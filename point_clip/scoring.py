@@ -16,12 +16,21 @@ from tqdm import tqdm
 
 from dataset.pet_heatmap import Click, picture_size, read_points, under_click
 from point_clip.model import CLASS_NAMES, PointClip
-from utils.config import TestConfig, to_json
+from utils.config import TestConfig
 from utils.dataset import overlay, pet_pixels, rescale_point, to_rgb
 from utils.dataset_prep import random_pixel
-from utils.evaluation import Evaluation, format_scores, pick_examples, resize_logits, results_folder, segment
+from utils.evaluation import (
+    SYNTHETIC_NOTE,
+    Evaluation,
+    format_scores,
+    pick_examples,
+    provenance,
+    resize_logits,
+    results_folder,
+    segment,
+)
 from utils.files import load_picture, write_json
-from utils.helper import describe_environment, to_device
+from utils.helper import to_device
 from utils.metric import ConfusionMatrix, count_confusion, nan_mean, predict
 from utils.plot import plot_pictures
 
@@ -105,16 +114,10 @@ def score_clicks(
         },
         "own_mask": sum(own) / len(own),
         "flips": sum(flips) / len(flips) if flips else None,
-        "score_size": config.score_size,
-        "model": checkpoint["model_name"],
-        "epoch": checkpoint["epoch"],
-        "synthetic": synthetic,
-        "images_per_second": len(image_iou) / seconds,
-        "config": to_json(config),
-        "environment": describe_environment(device),
+        **provenance(checkpoint, config, device, images_per_second=len(image_iou) / seconds, synthetic=synthetic),
     }
     write_json(out / "metrics.json", metrics)
-    note = "synthetic drawings: the scores compare with nothing" if synthetic else ""
+    note = SYNTHETIC_NOTE if synthetic else ""
     plot_examples(model, records, fixed, image_iou, out / "predictions.png", size, device, note)
     title = f"{config.checkpoint}: {len(blind)} clicks on {len(image_iou)} images of {config.data / config.split}"
     print(format_scores(metrics, f"{title} ({note})" if note else title))

@@ -25,6 +25,8 @@ from utils.helper import describe_environment, to_device
 from utils.metric import ConfusionMatrix, count_confusion, nan_mean, predict
 from utils.plot import plot_confusion, plot_predictions
 
+SYNTHETIC_NOTE = "synthetic drawings: the scores compare with nothing"
+
 
 @dataclass
 class Evaluation:
@@ -117,16 +119,11 @@ def score(
     """Score a split, write metrics.json, confusion.png and predictions.png, print the scores; returns the metrics."""
     out = results_folder(config)
     evaluation = evaluate(model, loader, device)
-    metrics = evaluation.metrics() | {
-        "score_size": config.score_size,
-        "model": checkpoint["model_name"],
-        "epoch": checkpoint["epoch"],
-        "synthetic": synthetic,
-        "images_per_second": len(evaluation.counts) / evaluation.seconds,
-        "config": to_json(config),
-        "environment": describe_environment(device),
-    }
-    note = "synthetic drawings: the scores compare with nothing" if synthetic else ""
+    speed = len(evaluation.counts) / evaluation.seconds
+    metrics = evaluation.metrics() | provenance(
+        checkpoint, config, device, images_per_second=speed, synthetic=synthetic
+    )
+    note = SYNTHETIC_NOTE if synthetic else ""
     write_json(out / "metrics.json", metrics)
     plot_confusion(out / "confusion.png", evaluation.total.counts.numpy(), CLASSES, note)
 
@@ -142,6 +139,26 @@ def score(
     print(format_scores(metrics, f"{title} ({note})" if note else title))
     print(f"{out / 'metrics.json'}\n{out / 'confusion.png'}\n{out / 'predictions.png'}")
     return metrics
+
+
+def provenance(
+    checkpoint: dict[str, Any],
+    config: TestConfig,
+    device: torch.device,
+    *,
+    images_per_second: float,
+    synthetic: bool,
+) -> dict[str, Any]:
+    """What scores were made with, for metrics.json."""
+    return {
+        "score_size": config.score_size,
+        "model": checkpoint["model_name"],
+        "epoch": checkpoint["epoch"],
+        "synthetic": synthetic,
+        "images_per_second": images_per_second,
+        "config": to_json(config),
+        "environment": describe_environment(device),
+    }
 
 
 def results_folder(config: TestConfig) -> Path:
