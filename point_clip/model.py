@@ -72,29 +72,42 @@ class PointClip(nn.Module):
         `avoid` (N, 2) are clicks on what is not wanted, NaN where there is none; the heatmap encoding has no place for
         them. InputError for a point that is NaN or outside the image (in eval mode alone: looking makes a GPU wait).
         """
-        height, width = image_size
-        edges = point.new_tensor([width, height])
-        if not self.training:
-            check_points(point, edges)
-        place = (point + 0.5) / edges  # (N, 2), 0 and 1 at the image's borders
-        features = [part.repeat_interleave(len(point) // len(part), dim=0) for part in features]
         if self.encoding == "heatmap":
-            logits = self._combine(features, self.encoder.tokens(self._heatmaps(place)))
-        else:
-            logits = self.head(features[0], place, None if avoid is None else (avoid + 0.5) / edges)
-        return F.interpolate(logits, (height, width), mode="bilinear", align_corners=False)
+            return self._combine(features, self.encoder.tokens(self._heatmaps(point, image_size)), image_size)
+        edges = point.new_tensor(image_size[::-1])
+        (image_features,) = features
+        image_features = image_features.repeat_interleave(len(point) // len(image_features), dim=0)
+        place = self._place(point, image_size)
+        logits = self.head(image_features, place, None if avoid is None else (avoid + 0.5) / edges)
+        return F.interpolate(logits, tuple(image_size), mode="bilinear", align_corners=False)
 
     def forward(self, image: Tensor, point: Tensor, avoid: Tensor | None = None) -> Tensor:
         """Logits (N, 1, H, W) for images (B, 3, H, W) in [0, 1] and N / B clicks on each, as in `decode`."""
-        return self.decode(self.encode(image), point, image.shape[-2:], avoid)
+        size = image.shape[-2:]
+        if self.encoding == "disk":
+            return self.decode(self.encode(image), point, size, avoid)
+        # One pass of the encoder over images and heatmaps.
+        maps = self.encoder.tokens(torch.cat([self.encoder.prepare(image), self._heatmaps(point, size)]))
+        return self._combine([part[: len(image)] for part in maps], [part[len(image) :] for part in maps], size)
 
-    def _heatmaps(self, place: Tensor) -> Tensor:
+    def _place(self, point: Tensor, image_size: Sequence[int]) -> Tensor:
+        """Points (N, 2) in pixels as shares of the image: 0 and 1 at its borders."""
+        edges = point.new_tensor(image_size[::-1])
+        if not self.training:
+            check_points(point, edges)
+        return (point + 0.5) / edges
+
+    def _heatmaps(self, point: Tensor, image_size: Sequence[int]) -> Tensor:
         size = self.encoder.image_size
-        return gaussian_heatmaps(place * size - 0.5, size, size)[:, None].expand(-1, 3, -1, -1)  # (N, 3, 224, 224)
+        heatmaps = gaussian_heatmaps(self._place(point, image_size) * size - 0.5, size, size)
+        return heatmaps[:, None].expand(-1, 3, -1, -1)  # (N, 3, 224, 224)
 
-    def _combine(self, image_maps: Sequence[Tensor], click_maps: Sequence[Tensor]) -> Tensor:
+    def _combine(self, image_maps: Sequence[Tensor], click_maps: Sequence[Tensor], image_size: Sequence[int]) -> Tensor:
+        clicks = len(click_maps[-1]) // len(image_maps[-1])  # on each image
+        image_maps = [part.repeat_interleave(clicks, dim=0) for part in image_maps]
         both = torch.cat([image_maps[-1], click_maps[-1]], dim=1)  # (N, 1536, 7, 7)
-        return self.head(self.decoder(both, image_maps[:-1]))  # (N, 1, 112, 112)
+        logits = self.head(self.decoder(both, image_maps[:-1]))  # (N, 1, 112, 112)
+        return F.interpolate(logits, tuple(image_size), mode="bilinear", align_corners=False)
 
 
 class ClickHead(nn.Module):

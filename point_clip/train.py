@@ -8,13 +8,16 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from clip_seg.train import ClipConfig
 from utils.config import flag, parse, run_script
 from utils.files import InputError
+
+if TYPE_CHECKING:
+    from point_clip.model import PointClip
 
 
 @dataclass
@@ -24,6 +27,9 @@ class Config(ClipConfig):
     out: Path = flag(Path("runs/point_clip"), "folder of this run")
     point_encoding: Literal["heatmap", "disk"] = flag(
         "heatmap", "the click as a Gaussian heatmap through CLIP (the report's), or as a small disk in the decoder"
+    )
+    clip_seg: Path | None = flag(
+        None, "start from the encoder, with a disk also from the decoder, of this checkpoint of clip_seg/train.py"
     )
 
 
@@ -58,15 +64,19 @@ def main() -> None:
     accelerator = make_accelerator(config)
     shard = {"rank": accelerator.process_index, "world": accelerator.num_processes}
     train_loader, val_loader, split = make_train_loaders(config, dataset_class=PetHeatmapDataset, **shard)
-    encoder, encoder_args = make_encoder(
-        config.clip_model,
-        image_size=config.clip_image_size,
-        frozen=config.freeze_encoder,
-        random_init=config.clip_random_init,
-    )
     options = {"encoding": config.point_encoding, "base_channels": config.base_channels, "skips": config.skips}
+    if config.clip_seg:
+        model, encoder_args = start_from(config, options)
+    else:
+        encoder, encoder_args = make_encoder(
+            config.clip_model,
+            image_size=config.clip_image_size,
+            frozen=config.freeze_encoder,
+            random_init=config.clip_random_init,
+        )
+        model = PointClip(encoder, **options)
     fit(
-        PointClip(encoder, **options),
+        model,
         step,
         train_loader,
         val_loader,
@@ -77,6 +87,32 @@ def main() -> None:
         split=split,
         class_names=CLASS_NAMES,
     )
+
+
+def start_from(config: Config, options: dict[str, Any]) -> tuple[PointClip, dict[str, Any]]:
+    """A model with the trained parts of `--clip-seg`, and the plain values that describe its encoder.
+
+    InputError for a flag that asks for another CLIP or decoder than the checkpoint's.
+    """
+    import torch
+
+    from clip_seg.model import build_segmenter
+    from point_clip.model import PointClip
+    from utils.helper import load_model
+
+    segmenter, start = load_model(config.clip_seg, build_segmenter, "clip_seg", torch.device("cpu"))
+    its = start["model_args"]
+    for name in ("clip_model", "clip_image_size", "clip_random_init", "freeze_encoder"):
+        if (value := getattr(config, name)) != getattr(Config, name) and value != start["config"][name]:
+            flag_name = f"--{name.replace('_', '-')}"
+            raise InputError(f"{flag_name} {value}: --clip-seg brings its own CLIP, leave {flag_name} out")
+    if options["encoding"] == "disk" and any(options[name] != its[name] for name in ("base_channels", "skips")):
+        fitting = f"--base-channels {its['base_channels']}{' --skips' if its['skips'] else ''}"
+        raise InputError(f"the decoder of --clip-seg {config.clip_seg} is another one: give it as {fitting}")
+    model = PointClip(segmenter.encoder, **options)
+    if options["encoding"] == "disk":
+        model.project, model.decoder = segmenter.project, segmenter.decoder
+    return model, its["encoder"]
 
 
 if __name__ == "__main__":

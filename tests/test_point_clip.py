@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,12 @@ from PIL import Image
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from clip_seg.model import ClipEncoder
+from clip_seg.model import ClipEncoder, ClipSegmenter, make_encoder
 from dataset.pet import find_records, make_test_loader
 from dataset.pet_heatmap import Click, read_points
 from point_clip.model import PointClip, build_point_clip, draw_disks, features_at
 from point_clip.scoring import draw_clicks, flipped, score_clicks, with_mark
+from point_clip.train import Config, start_from
 from tests.conftest import TINY, TINY_CLIP, run
 from utils.config import TestConfig as ScoreConfig
 from utils.dataset import pet_pixels
@@ -63,7 +65,9 @@ def test_features_of_an_image_serve_many_clicks(encoding):
         model.encoder.normalize.register_forward_hook(lambda *_: calls.append(1))
         together = model.decode(model.encode(image), points, SIZE)
         assert len(calls) == (2 if encoding == "heatmap" else 1), "the disk needs the encoder once for the image alone"
+        calls.clear()
         alone = torch.cat([model(image, point[None]) for point in points])
+        assert len(calls) == len(points), "one pass for the image and its heatmap"
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(together[0], together[1])
 
@@ -289,3 +293,47 @@ def test_scores_at_another_size(prepared, tmp_path):
 def test_a_width_that_has_no_effect_is_refused(prepared, tmp_path):
     result = run("point_clip/train.py", "--data", prepared, "--out", tmp_path / "run", "--base-channels", 2)
     assert result.returncode == 1 and "--base-channels is for --point-encoding disk" in result.stderr
+
+
+@pytest.fixture
+def segmenter(clip_folder, tmp_path) -> Path:
+    """A checkpoint of clip_seg with CLIP frozen, untrained."""
+    torch.manual_seed(1)
+    encoder, encoder_args = make_encoder(str(clip_folder), frozen=True)
+    options = {"num_classes": 3, "base_channels": 2, "skips": True}
+    checkpoint = {
+        "model_name": "clip_seg", "model": ClipSegmenter(encoder, **options).state_dict(),
+        "model_args": {"encoder": encoder_args, **options},
+        "config": {"clip_model": str(clip_folder), "clip_image_size": None, "clip_random_init": False,
+                   "freeze_encoder": True},
+    }  # fmt: skip
+    save_checkpoint(tmp_path / "clip_seg.pt", checkpoint)
+    return tmp_path / "clip_seg.pt"
+
+
+def test_it_starts_from_the_segmenter(segmenter, prepared, tmp_path):
+    """With a learning rate of zero the parts that it took are still those of the segmenter afterwards."""
+    flags = ["--data", prepared, "--clip-seg", segmenter, "--lr", 0, "--epochs", 1, "--skips"]
+    start = load_checkpoint(segmenter, "clip_seg")
+    for encoding, own in (("disk", TINY), ("heatmap", HEATMAP)):
+        out = tmp_path / encoding
+        result = run("point_clip/train.py", *flags, "--out", out, "--point-encoding", encoding, *own)
+        assert result.returncode == 0, result.stderr
+        last = load_checkpoint(out / "last.pt", "point_clip")
+        assert last["model_args"]["encoder"] == start["model_args"]["encoder"]
+        taken = [key for key in start["model"] if key.endswith("weight") and key.startswith(("project", "decoder"))]
+        same = [key in last["model"] and torch.equal(last["model"][key], start["model"][key]) for key in taken]
+        # A heatmap's decoder has twice the inputs and is its own.
+        assert taken and (all(same) if encoding == "disk" else not any(same))
+
+
+def test_a_start_from_another_model_is_refused(segmenter, tmp_path):
+    for given, message in [
+        ({}, f"the decoder of --clip-seg {segmenter} is another one: give it as --base-channels 2 --skips"),
+        ({"skips": True, "base_channels": 2, "clip_random_init": True}, "leave --clip-random-init out"),
+        ({"clip_seg": tmp_path / "none.pt"}, "none.pt"),
+    ]:
+        config = Config(**{"clip_seg": segmenter, "point_encoding": "disk", **given})
+        options = {"encoding": "disk", "base_channels": config.base_channels, "skips": config.skips}
+        with pytest.raises(InputError, match=re.escape(message)):
+            start_from(config, options)
