@@ -34,6 +34,7 @@ def main() -> None:
     # Heavy imports come after parsing, so that --help answers at once.
     from autoencoder.model import LEVELS, Autoencoder, build_segmenter
     from autoencoder.reconstruction import score_reconstruction
+    from dataset.perturbation import make_damage
     from dataset.pet import is_synthetic, make_test_loader
     from utils.evaluation import results_folder, score, segment_pictures
     from utils.helper import load_model, pick_device
@@ -57,12 +58,13 @@ def main() -> None:
             raise InputError(
                 f"{first} holds another encoder than {config.checkpoint}: give its own as --reconstruction"
             )
-    loader = make_test_loader(config, checkpoint["config"]["image_size"])
+    size = checkpoint["config"]["image_size"]
+    loader, damage = make_test_loader(config, size), make_damage(config, size)
     if autoencoder is not None:
         score_reconstruction(
             autoencoder, loader, device, results_folder(config), factor=2**LEVELS, details={"checkpoint": str(first)}
         )
-    score(segmenter, checkpoint, loader, config, device, synthetic=is_synthetic(config.data))
+    score(segmenter, checkpoint, loader, config, device, synthetic=is_synthetic(config.data), damage=damage)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,7 +150,8 @@ class PetDataset(Dataset):
 
     `indices` picks from the records, repeats allowed: a sample is a position in `indices`. With `transform` a sample is
     augmented, depending on (seed, epoch, sample) alone. With `label_size` each item also has `label`, the classes at
-    the photograph's own size ("native") or at so many pixels square, for scoring.
+    the photograph's own size ("native") or at so many pixels square, for scoring. With `chance` it has as `chance/KEY`
+    what that draws for its name: in the workers, because it takes time.
 
     Items are asked for by (epoch, sample), or by sample alone for epoch 0.
     """
@@ -165,6 +166,7 @@ class PetDataset(Dataset):
         transform: A.Compose | None = None,
         seed: int = 0,
         label_size: str | int | None = None,
+        chance: Callable[[str], dict[str, torch.Tensor]] | None = None,
     ):
         self.records = records
         self.cache = cache or Cache(records, size)
@@ -172,6 +174,7 @@ class PetDataset(Dataset):
         self.transform = transform
         self.seed = seed
         self.label_size = label_size
+        self.chance = chance
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -190,6 +193,8 @@ class PetDataset(Dataset):
         if self.label_size is not None:
             label = self.records[index].load_label()
             item["label"] = label if self.label_size == "native" else resize_mask(label, self.label_size)
+        if self.chance is not None:
+            item |= {f"chance/{key}": draws for key, draws in self.chance(item["name"]).items()}
         return item
 
 
@@ -315,8 +320,10 @@ def make_train_loaders(
     )
 
 
-def make_test_loader(config: Any, image_size: int) -> DataLoader:
-    """Loader of a TestConfig over a split, in the order of the names, with the labels at the size to score at."""
+def make_test_loader(config: Any, image_size: int, **options: Any) -> DataLoader:
+    """Loader of a TestConfig over a split, in the order of the names, with the labels at the size to score at.
+
+    `options` are more of PetDataset's."""
     records = find_records(config.data, config.split, config.limit)
-    dataset = PetDataset(records, image_size, label_size=config.score_size)
+    dataset = PetDataset(records, image_size, label_size=config.score_size, **options)
     return make_loader(dataset, EpochBatches(len(dataset), config.batch_size, shuffle=False), config.workers)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,18 +22,21 @@ from utils.dataset import overlay, pet_pixels, rescale_point, to_rgb
 from utils.dataset_prep import random_pixel
 from utils.evaluation import (
     SYNTHETIC_NOTE,
+    Answer,
     Evaluation,
     format_scores,
     pick_examples,
     provenance,
     resize_logits,
     results_folder,
+    save_mask,
     segment,
 )
 from utils.files import load_picture, write_json
 from utils.helper import to_device
 from utils.metric import ConfusionMatrix, count_confusion, nan_mean, predict
 from utils.plot import plot_pictures
+from utils.robustness import Damage, study_robustness
 
 KINDS = {True: "pet", False: "background"}
 DRAWN = 5  # clicks on either side for the spread: ten an image
@@ -47,8 +51,12 @@ def score_clicks(
     device: torch.device,
     *,
     synthetic: bool,
+    damage: Damage | None = None,
 ) -> dict[str, Any]:
-    """Score the fixed clicks of a split and ten more per image; writes metrics.json and predictions.png, prints.
+    """Score the fixed clicks of a split and ten more per image, print the scores and return them.
+
+    Writes metrics.json, images.csv, masks/ (of the fixed clicks on the pets) and predictions.png; under `damage`, the
+    fixed clicks alone, what `utils.robustness` does.
 
     The scores are over object and ground, both kinds of click together and apart. `own_mask` is the share of clicks
     inside their own mask; `flips` the share of images where each of the two fixed clicks lies in its own mask and not
@@ -57,11 +65,12 @@ def score_clicks(
     """
     out = results_folder(config)
     records = loader.dataset.records
-    fixed = read_points(records)
+    fixed, photos = read_points(records), [picture_size(record.image) for record in records]
     size = checkpoint["config"]["image_size"]
     counts: dict[str, list[Tensor]] = {kind: [] for kind in KINDS.values()}
     both: list[Tensor] = []  # of the fixed clicks of each image together
     blind: list[Tensor] = []
+    labels: list[int] = []
     drawn: list[dict[bool, list[float]]] = []
     image_iou: list[float] = []
     own: list[bool] = []
@@ -71,7 +80,7 @@ def score_clicks(
         features = model.encode(to_device(batch, device)["image"])
         for position, label in enumerate(batch["label"]):
             image_features = [part[position : position + 1] for part in features]
-            clicks = [in_label(click, picture_size(records[done].image), label.shape) for click in fixed[done]]
+            clicks = [in_label(click, photos[done], label.shape) for click in fixed[done]]
             more = draw_clicks(label, np.random.default_rng([0, done]))
             masks = predict_clicks(model, image_features, [*clicks, *more], label.shape, size)
             tables = []
@@ -88,13 +97,20 @@ def score_clicks(
             image_iou.append(nan_mean(scores[: len(clicks)]))
             if len(clicks) == 2:
                 flips.append(all(flipped(masks[: len(clicks)], clicks)))
+            labels.append(zlib.crc32(label))
+            for click, mask in zip(clicks, masks):
+                if click.on_pet:
+                    save_mask(out / "masks" / f"{records[done].name}.png", mask.to(torch.uint8).cpu().numpy())
             drawn.append({on_pet: [] for on_pet in KINDS})
             for click, iou in zip(more, scores[len(clicks) :]):
                 drawn[-1][click.on_pet].append(iou)
             done += 1
     seconds = time.perf_counter() - began
 
-    metrics = Evaluation(torch.stack(both), CLASS_NAMES, seconds).metrics()
+    evaluation = Evaluation(torch.stack(both), CLASS_NAMES, seconds, [record.name for record in records], labels)
+    evaluation.write_images(out / "images.csv")
+    source = provenance(model, checkpoint, config, device, synthetic=synthetic)
+    metrics = evaluation.metrics()
     outline = ConfusionMatrix(CLASS_NAMES, torch.stack(blind).sum(dim=0))
     spread = [statistics.stdev(values) for image in drawn for values in image.values() if len(values) > 1]
     metrics |= {
@@ -114,7 +130,8 @@ def score_clicks(
         },
         "own_mask": sum(own) / len(own),
         "flips": sum(flips) / len(flips) if flips else None,
-        **provenance(checkpoint, config, device, images_per_second=len(image_iou) / seconds, synthetic=synthetic),
+        "images_per_second": len(image_iou) / seconds,
+        **source,
     }
     write_json(out / "metrics.json", metrics)
     note = SYNTHETIC_NOTE if synthetic else ""
@@ -130,7 +147,26 @@ def score_clicks(
         f"standard deviation within an image {100 * metrics['spread']['iou_std']:.1f}\n"
         f"  without such a point, skipped: {metrics['skipped']}\n{out / 'metrics.json'}\n{out / 'predictions.png'}"
     )
+    if damage:
+        prompts = {record.name: prompt for record, *prompt in zip(records, photos, fixed)}
+        study_robustness(answer_clicks(model, prompts, size), damage, device, CLASS_NAMES, out, source, note)
     return metrics
+
+
+def answer_clicks(model: PointClip, prompts: dict[str, tuple[Sequence[int], Sequence[Click]]], size: int) -> Answer:
+    """Masks and targets (K, H, W) of the K clicks on each image; `prompts` are its (width, height) and its clicks."""
+
+    def answer(batch: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
+        features = model.encode(batch["image"])
+        for position, (name, label) in enumerate(zip(batch["name"], batch["label"])):
+            photo, fixed = prompts[name]
+            clicks = [in_label(click, photo, label.shape) for click in fixed]
+            if clicks:
+                image_features = [part[position : position + 1] for part in features]
+                targets = torch.stack([target_of(label, click) for click in clicks])
+                yield predict_clicks(model, image_features, clicks, label.shape, size), targets.to(features[0].device)
+
+    return answer
 
 
 def draw_clicks(label: np.ndarray, rng: np.random.Generator) -> list[Click]:

@@ -42,6 +42,7 @@ def main() -> None:
 
     # Heavy imports come after parsing, so that --help answers at once.
     from clip_seg.model import moved
+    from dataset.perturbation import make_damage
     from dataset.pet import is_synthetic, make_test_loader
     from point_clip.model import build_point_clip
     from point_clip.scoring import score_clicks
@@ -53,8 +54,9 @@ def main() -> None:
     if config.images:
         segment_pictures(model, checkpoint, config, device, point=config.point)
     else:
-        loader = make_test_loader(config, checkpoint["config"]["image_size"])
-        score_clicks(model, checkpoint, loader, config, device, synthetic=is_synthetic(config.data))
+        size = checkpoint["config"]["image_size"]
+        loader, damage = make_test_loader(config, size), make_damage(config, size)
+        score_clicks(model, checkpoint, loader, config, device, synthetic=is_synthetic(config.data), damage=damage)
 
 
 if __name__ == "__main__":

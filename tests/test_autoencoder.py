@@ -100,7 +100,8 @@ def test_scores_and_reconstructions(two_stages, prepared, tmp_path):
     result = run("autoencoder/test.py", "--data", prepared, "--checkpoint", checkpoint, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     assert {path.name for path in tmp_path.iterdir()} == {
-        "metrics.json", "confusion.png", "predictions.png", "reconstruction.json", "reconstructions.png"
+        "metrics.json", "images.csv", "masks", "confusion.png", "predictions.png", "reconstruction.json",
+        "reconstructions.png",
     }  # fmt: skip
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["model"] == "autoencoder" and metrics["images"] == 12

@@ -197,7 +197,7 @@ class Oracle(nn.Module):
 def oracle_metrics(prepared: Path, out: Path, *, blind: bool) -> dict:
     config = ScoreConfig(data=prepared, checkpoint=out / "best.pt", out=out, workers=0, batch_size=5)
     loader = make_test_loader(config, 64)
-    checkpoint = {"model_name": "point_clip", "epoch": 1, "config": {"image_size": 64}}
+    checkpoint = {"model_name": "point_clip", "epoch": 1, "config": {"image_size": 64, "seed": 0}}
     model = Oracle(find_records(prepared, "Test"), blind=blind)
     return score_clicks(model, checkpoint, loader, config, torch.device("cpu"), synthetic=True)
 
@@ -282,7 +282,7 @@ def test_scores_at_another_size(prepared, tmp_path):
     config = ScoreConfig(
         data=prepared, checkpoint=tmp_path / "best.pt", out=tmp_path, workers=0, batch_size=5, score_size=64
     )
-    checkpoint = {"model_name": "point_clip", "epoch": 1, "config": {"image_size": 64}}
+    checkpoint = {"model_name": "point_clip", "epoch": 1, "config": {"image_size": 64, "seed": 0}}
     loader = make_test_loader(config, 64)
     model = Oracle(find_records(prepared, "Test"), blind=False)
     model.labels = [torch.from_numpy(loader.dataset[index]["label"]) for index in range(12)]

@@ -25,6 +25,7 @@ def main() -> None:
     config = parse(Config, __doc__)
 
     # Heavy imports come after parsing, so that --help answers at once.
+    from dataset.perturbation import make_damage
     from dataset.pet import is_synthetic, make_test_loader
     from unet.model import UNet
     from utils.evaluation import score, segment_pictures
@@ -35,8 +36,9 @@ def main() -> None:
     if config.images:
         segment_pictures(model, checkpoint, config, device)
     else:
-        loader = make_test_loader(config, checkpoint["config"]["image_size"])
-        score(model, checkpoint, loader, config, device, synthetic=is_synthetic(config.data))
+        size = checkpoint["config"]["image_size"]
+        loader, damage = make_test_loader(config, size), make_damage(config, size)
+        score(model, checkpoint, loader, config, device, synthetic=is_synthetic(config.data), damage=damage)
 
 
 if __name__ == "__main__":

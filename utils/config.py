@@ -86,6 +86,9 @@ class TestConfig:
     images: list[Path] | None = flag(
         None, "segment these photographs (files or folders, no labels needed) instead of scoring a split"
     )
+    perturb: list[str] | None = flag(
+        None, "also score under these perturbations (without names: all eight), at ten levels each", nargs="*"
+    )
 
 
 def weighted_terms(text: str, names: Sequence[str]) -> dict[str, float]:
@@ -192,7 +195,8 @@ def _add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field, hin
     elif typing.get_origin(hint) is Literal:
         options["choices"] = typing.get_args(hint)
     elif typing.get_origin(hint) is list:
-        options |= {"type": typing.get_args(hint)[0], "nargs": "+", "metavar": "PATH"}
+        kind = typing.get_args(hint)[0]
+        options |= {"type": kind, "nargs": metadata.get("nargs", "+"), "metavar": "PATH" if kind is Path else "NAME"}
     else:
         options |= {"type": metadata.get("parse", _checked(hint, metadata)), "metavar": hint.__name__.upper()}
     parser.add_argument(f"--{_dashed(field.name)}", **options)

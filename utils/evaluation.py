@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 import time
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,10 +24,11 @@ from tqdm import tqdm
 
 from utils.config import TestConfig, to_json
 from utils.dataset import CLASSES, encode_label, overlay, rescale_point, resize_image, to_rgb
-from utils.files import PICTURE_SUFFIXES, InputError, atomic_path, load_picture, write_json
+from utils.files import PICTURE_SUFFIXES, InputError, atomic_path, load_picture, write_bytes, write_json
 from utils.helper import describe_environment, to_device
 from utils.metric import ConfusionMatrix, count_confusion, nan_mean, predict
 from utils.plot import plot_confusion, plot_predictions
+from utils.robustness import Damage, study_robustness
 
 SYNTHETIC_NOTE = "synthetic drawings: the scores compare with nothing"
 
@@ -35,6 +40,8 @@ class Evaluation:
     counts: Tensor
     class_names: Sequence[str]
     seconds: float
+    names: Sequence[str]
+    labels: Sequence[int]  # checksums: scores on different labels are not to be compared
 
     @property
     def total(self) -> ConfusionMatrix:
@@ -59,24 +66,63 @@ class Evaluation:
             "baseline": {"name": f"all {self.class_names[0]}", **self.total.baseline().scores()},
         }
 
+    def write_images(self, path: Path) -> None:
+        """A CSV row per image: its mean IoU, the checksum of its label, and its pixels by truth/prediction."""
+        pairs = [f"{truth}/{prediction}" for truth in self.class_names for prediction in self.class_names]
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["name", "label", "iou", *pairs])
+        for name, label, iou, counts in zip(self.names, self.labels, self.image_iou, self.counts):
+            writer.writerow([name, f"{label:08x}", f"{iou:.4f}", *counts.flatten().tolist()])
+        write_bytes(path, text.getvalue().encode())
+
+
+# Predictions and targets (..., H, W) of each image of a batch on the device, at the size of the batch's labels.
+Answer = Callable[[dict[str, Any]], Iterator[tuple[Tensor, Tensor]]]
+
+
+def answer_classes(model: nn.Module) -> Answer:
+    """The classes that a segmenter finds, and the labels: the logits are resized, not the labels."""
+
+    def answer(batch: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
+        logits = model(batch["image"])
+        for image_logits, label in zip(logits, batch["label"]):
+            yield predict(resize_logits(image_logits[None], label.shape))[0], torch.from_numpy(label).to(logits.device)
+
+    return answer
+
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, loader: DataLoader, device: torch.device, class_names: Sequence[str] = CLASSES
+    model: nn.Module,
+    loader: DataLoader,
+    device: torch.device,
+    class_names: Sequence[str] = CLASSES,
+    *,
+    masks: Path | None = None,
 ) -> Evaluation:
-    """Compare predictions with each batch's `label` at the label's size: the logits are resized, not the label."""
+    """Compare predictions with each batch's `label`; with `masks` they are also written there, as NAME.png."""
     model.eval()
+    answer = answer_classes(model)
     began = time.perf_counter()
-    counts = []
-    with tqdm(total=len(loader.dataset), desc="test", unit="image", leave=False) as bar:
+    counts, labels = [], []
+    with tqdm(total=len(loader.dataset), desc="test", unit="image", leave=False) as bar, ThreadPoolExecutor() as pool:
         for batch in loader:
-            logits = model(to_device(batch, device)["image"])
-            for image_logits, label in zip(logits, batch["label"]):
-                target = torch.from_numpy(label).to(device)
-                prediction = predict(resize_logits(image_logits[None], target.shape))[0]
-                counts.append(count_confusion(prediction, target, len(class_names)))
-            bar.update(len(logits))
-    return Evaluation(torch.stack(counts).cpu(), class_names, time.perf_counter() - began)
+            answers = list(answer(to_device(batch, device)))
+            counts += [count_confusion(prediction, target, len(class_names)) for prediction, target in answers]
+            labels += [zlib.crc32(label) for label in batch["label"]]
+            if masks:
+                found = [prediction.to(torch.uint8).cpu().numpy() for prediction, _ in answers]
+                list(pool.map(save_mask, [masks / f"{name}.png" for name in batch["name"]], found))
+            bar.update(len(answers))
+    names = [record.name for record in loader.dataset.records]
+    return Evaluation(torch.stack(counts).cpu(), class_names, time.perf_counter() - began, names, labels)
+
+
+def save_mask(path: Path, classes: np.ndarray) -> None:
+    """Write classes (H, W) uint8 as an indexed picture, atomically."""
+    with atomic_path(path) as temporary:
+        encode_label(classes).save(temporary, "PNG", compress_level=1)
 
 
 def resize_logits(logits: Tensor, size: Sequence[int]) -> Tensor:
@@ -115,15 +161,18 @@ def score(
     device: torch.device,
     *,
     synthetic: bool,
+    damage: Damage | None = None,
 ) -> dict[str, Any]:
-    """Score a split, write metrics.json, confusion.png and predictions.png, print the scores; returns the metrics."""
+    """Score a split, clean and then under `damage`, print the scores and return them.
+
+    Writes metrics.json, images.csv, masks/, confusion.png, predictions.png, and what `utils.robustness` does.
+    """
     out = results_folder(config)
-    evaluation = evaluate(model, loader, device)
-    speed = len(evaluation.counts) / evaluation.seconds
-    metrics = evaluation.metrics() | provenance(
-        checkpoint, config, device, images_per_second=speed, synthetic=synthetic
-    )
+    evaluation = evaluate(model, loader, device, masks=out / "masks")
+    source = provenance(model, checkpoint, config, device, synthetic=synthetic)
+    metrics = evaluation.metrics() | source | {"images_per_second": len(evaluation.counts) / evaluation.seconds}
     note = SYNTHETIC_NOTE if synthetic else ""
+    evaluation.write_images(out / "images.csv")
     write_json(out / "metrics.json", metrics)
     plot_confusion(out / "confusion.png", evaluation.total.counts.numpy(), CLASSES, note)
 
@@ -138,24 +187,25 @@ def score(
     title = f"{config.checkpoint} on {metrics['images']} images of {config.data / config.split}"
     print(format_scores(metrics, f"{title} ({note})" if note else title))
     print(f"{out / 'metrics.json'}\n{out / 'confusion.png'}\n{out / 'predictions.png'}")
+    if damage:
+        study_robustness(answer_classes(model), damage, device, CLASSES, out, source, note)
     return metrics
 
 
 def provenance(
-    checkpoint: dict[str, Any],
-    config: TestConfig,
-    device: torch.device,
-    *,
-    images_per_second: float,
-    synthetic: bool,
+    model: nn.Module, checkpoint: dict[str, Any], config: TestConfig, device: torch.device, *, synthetic: bool
 ) -> dict[str, Any]:
     """What scores were made with, for metrics.json."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return {
         "score_size": config.score_size,
         "model": checkpoint["model_name"],
+        "parameters": sum(size for size, _ in sizes),
+        "trained_parameters": sum(size for size, trained in sizes if trained),
         "epoch": checkpoint["epoch"],
+        "seed": checkpoint["config"]["seed"],
+        "image_size": checkpoint["config"]["image_size"],
         "synthetic": synthetic,
-        "images_per_second": images_per_second,
         "config": to_json(config),
         "environment": describe_environment(device),
     }
@@ -236,8 +286,7 @@ def segment_pictures(
             stem = f"{path.stem}-{copy}"
         taken.add(stem)
         classes = segment(model, picture, checkpoint["config"]["image_size"], device, point=point)
-        with atomic_path(out / f"{stem}_mask.png") as temporary:
-            encode_label(classes).save(temporary, "PNG")
+        save_mask(out / f"{stem}_mask.png", classes)
         with atomic_path(out / f"{stem}_overlay.jpg") as temporary:
             Image.fromarray(overlay(np.asarray(picture), classes)).save(temporary, "JPEG", quality=92)
     print(f"{len(taken)} pictures segmented: {out}")
