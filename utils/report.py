@@ -1,0 +1,392 @@
+"""python utils/report.py RUN [RUN ...] --out results/report
+
+Tables and figures of tested runs, side by side (report, tables 1 and 2). With --against, whether the first runs, seeds
+of one model, are better than others: python utils/report.py A/seed0 A/seed1 --against B/seed0 B/seed1
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils.config import run_script
+from utils.files import InputError, read_json, write_bytes, write_json
+
+if TYPE_CHECKING:  # heavy imports come after parsing, so that --help answers at once
+    import numpy as np
+
+# The report's tables 1 and 2: IoU, Dice and accuracy in percent, by a protocol with flaws (see the README).
+REPORTED = {
+    "unet": (36, 45, 82), "autoencoder": (23, 30, 77), "clip_seg": (55, 61, 94), "point_clip": (37, 53, 56),
+}  # fmt: skip
+KINDS = ("iou", "dice", "accuracy")
+RESAMPLES = 2000
+
+
+@dataclass
+class Run:
+    """What a tested run's folder says."""
+
+    name: str
+    folder: Path
+    config: dict[str, Any]
+    log: list[dict[str, float]]
+    metrics: dict[str, Any]
+    images: list[str]
+    labels: list[str]  # checksums
+    image_iou: list[float]
+    counts: np.ndarray  # (images, C, C), row = truth
+    robustness: dict[str, Any] | None
+    mark: str = ""  # why its scores are not comparable with the first run's
+
+    @property
+    def prompted(self) -> bool:
+        return "object" in self.metrics["iou"]
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}{'*' if self.mark else ''}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run that test.py has scored")
+    parser.add_argument(
+        "--against", nargs="+", type=Path, metavar="RUN", help="is the mean IoU of RUN better than of these?"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("results/report"), help="folder to write (default: results/report)"
+    )
+    parser.add_argument(
+        "--data", type=Path, help="prepared folder with the photographs (default: where it was in testing)"
+    )
+    parser.add_argument("--mixed", action="store_true", help="put scores made on different data or at different sizes "
+                        "into one table all the same, and mark them")  # fmt: skip
+    args = parser.parse_args()
+
+    runs = read_runs([*args.runs, *(args.against or [])])
+    mark_differences(runs, allowed=args.mixed)
+    if args.against:
+        verdict = compare(runs[: len(args.runs)], runs[len(args.runs) :])
+        write_json(args.out / "comparison.json", verdict)
+        write_bytes(args.out / "comparison.md", format_comparison(verdict).encode())
+        print(f"{format_comparison(verdict)}\n{args.out / 'comparison.md'}\n{args.out / 'comparison.json'}")
+        return
+    rows = pick_rows(runs, args.data)
+    figures = draw(args.out, runs, rows)
+    write_bytes(args.out / "table.csv", format_csv(runs).encode())
+    write_bytes(args.out / "report.md", format_report(runs, figures).encode())
+    print(format_scores(runs))
+    print("\n".join(str(args.out / name) for name in ("report.md", "table.csv", *(f"{f}.png" for f in figures))))
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Runs by their folders, named by as much of their paths as tells them apart. InputError for an untested one."""
+    stages = [folder / "segmentation" if (folder / "segmentation").is_dir() else folder for folder in folders]
+    named = [stage.parent if stage.name == "segmentation" else stage for stage in map(Path.absolute, stages)]
+    if len(set(named)) < len(named):
+        raise InputError("the same run was given twice")
+    depth = 1
+    while len({path.parts[-depth:] for path in named}) < len(named):
+        depth += 1
+    return [read_run("/".join(path.parts[-depth:]), stage) for path, stage in zip(named, stages)]
+
+
+def read_run(name: str, folder: Path) -> Run:
+    """One run. InputError when its folder has no scores, or lacks a file of them."""
+    import numpy as np
+
+    test = folder / "test"
+    for path in (folder / "config.json", folder / "log.csv", test / "metrics.json", test / "images.csv"):
+        if not path.is_file():
+            what = "is no run" if path.parent == folder else "has no scores"
+            raise InputError(f"{folder} {what}: {path} is missing. Train it, then score it with its model's test.py")
+    metrics = read_json(test / "metrics.json")
+    with (test / "images.csv").open(newline="") as file:
+        _, *rows = csv.reader(file)
+    classes = len(metrics["iou"]) - 1  # and the mean
+    with (folder / "log.csv").open(newline="") as file:
+        log = [
+            {key: float(value) if value else float("nan") for key, value in row.items()} for row in csv.DictReader(file)
+        ]
+    robustness = test / "robustness.json"
+    return Run(
+        name,
+        folder,
+        read_json(folder / "config.json"),
+        log,
+        metrics,
+        images=[row[0] for row in rows],
+        labels=[row[1] for row in rows],
+        image_iou=[float(row[2]) for row in rows],
+        counts=np.array([row[3:] for row in rows], np.int64).reshape(len(rows), classes, classes),
+        robustness=read_json(robustness) if robustness.is_file() else None,
+    )  # fmt: skip
+
+
+def mark_differences(runs: Sequence[Run], *, allowed: bool) -> None:
+    """Mark the runs whose scores were made on other images or labels, or at another size, than those of the first.
+
+    InputError, unless that is `allowed`, which says what differs.
+    """
+    first = runs[0]
+    for run in runs[1:]:
+        ours, theirs = run.metrics["score_size"], first.metrics["score_size"]
+        if ours != theirs:
+            run.mark = f"scored at size {ours}, {first.name} at {theirs}"
+        elif run.images != first.images:
+            run.mark = f"scored on other images ({len(run.images)}) than {first.name} ({len(first.images)})"
+        elif run.labels != first.labels:
+            run.mark = f"scored against other labels than {first.name}"
+    marked = [f"  {run.name}: {run.mark}" for run in runs if run.mark]
+    if marked and not allowed:
+        raise InputError(
+            "these scores do not compare:\n" + "\n".join(marked)
+            + "\nScore the runs alike with test.py, or add --mixed to put them side by side all the same."
+        )  # fmt: skip
+
+
+def pick_rows(runs: Sequence[Run], data: Path | None) -> list[tuple[str, Any]]:
+    """(caption, record) of the photographs to show: best, median and worst by the mean over the runs of their mean IoU.
+
+    The segmenters decide, where there are any. InputError when the photographs are not where they were in testing.
+    """
+    from dataset.pet import find_records
+    from utils.evaluation import pick_examples
+    from utils.metric import nan_mean
+
+    judges = [run for run in runs if not run.mark and not run.prompted] or [run for run in runs if not run.mark]
+    mean = [nan_mean(values) for values in zip(*(run.image_iou for run in judges))]
+    folder = data or Path(judges[0].metrics["config"]["data"])
+    try:
+        records = {record.name: record for record in find_records(folder, judges[0].metrics["config"]["split"])}
+    except InputError as error:
+        raise InputError(f"no photographs for the figure: {error}\nName their folder with --data.") from error
+    names = judges[0].images
+    if missing := [name for name in names if name not in records]:
+        raise InputError(
+            f"{folder} lacks {len(missing)} of the images, {missing[0]} among them. Name the right --data."
+        )
+    return [(f"{rank}: {names[i]}\nmean IoU {mean[i]:.2f}", records[names[i]]) for rank, i in pick_examples(mean)]
+
+
+def draw(out: Path, runs: Sequence[Run], rows: Sequence[tuple[str, Any]]) -> dict[str, str]:
+    """Write the figures as PNG and PDF; returns their captions by name."""
+    import numpy as np
+
+    from utils import plot
+    from utils.dataset import decode_label, overlay, to_rgb
+    from utils.evaluation import SYNTHETIC_NOTE
+    from utils.files import load_picture
+
+    notes = [SYNTHETIC_NOTE] if any(run.metrics["synthetic"] for run in runs) else []
+    notes += [f"* {run.name}: {run.mark}" for run in runs if run.mark]
+    note = "; ".join(notes)
+    figures = {}
+    for prompted, name in ((False, "classes"), (True, "classes-prompted")):
+        group = {run.title: run.metrics["iou"] for run in runs if run.prompted == prompted}
+        if group:
+            figures[name] = "IoU per class" + (" of the models that are prompted by a click" if prompted else "")
+            plot.plot_classes(out / f"{name}.png", group, note)
+    figures["curves"] = "Learning curves: loss and mean IoU on the validation images"
+    plot.plot_all_curves(out / "curves.png", {run.title: run.log for run in runs}, note)
+    swept = {run.title: run.robustness["perturbations"] for run in runs if run.robustness}
+    if swept:
+        figures["robustness"] = "Mean Dice under the perturbations"
+        plot.plot_all_robustness(out / "robustness.png", swept, note)
+
+    shown = [run for run in runs if not run.mark]
+    pictures = []
+    for caption, record in rows:
+        photo = np.asarray(to_rgb(load_picture(record.image)))
+        cells = [photo, overlay(photo, record.load_label())]
+        for run in shown:
+            mask = run.folder / "test" / "masks" / f"{record.name}.png"
+            # A prompted model may have had no click on the pet; what was scored at another size is enlarged.
+            classes = decode_label(load_picture(mask).resize(photo.shape[1::-1], 0)) if mask.exists() else None
+            cells.append(np.full_like(photo, 255) if classes is None else overlay(photo, classes))
+        pictures.append((caption, cells))
+    headings = ["photograph", "truth", *(f"{run.name}\n(a click)" if run.prompted else run.name for run in shown)]
+    figures["predictions"] = "Best, median and worst test images, by the mean over the models of their mean IoU"
+    plot.plot_comparison(out / "predictions.png", pictures, headings, note)
+    return figures
+
+
+def describe(run: Run) -> dict[str, Any]:
+    """A run's row: its scores in percent, and what they were made with."""
+    metrics, environment = run.metrics, run.metrics["environment"]
+    best = min(run.log, key=lambda row: row["val_loss"])["epoch"] if run.log else float("nan")
+    row: dict[str, Any] = {"run": run.title, "model": metrics["model"]}
+    row |= {kind: 100 * metrics[kind]["mean"] for kind in KINDS}
+    row |= {f"report_{kind}": value for kind, value in zip(KINDS, REPORTED.get(metrics["model"], ("", "", "")))}
+    row |= {f"iou_{label}": value and 100 * value for label, value in metrics["iou"].items() if label != "mean"}
+    return row | {
+        "pixel_accuracy": 100 * metrics["pixel_accuracy"],
+        "baseline": metrics["baseline"]["name"],
+        "baseline_iou": 100 * metrics["baseline"]["iou"]["mean"],
+        "parameters": metrics["parameters"],
+        "trained_parameters": metrics["trained_parameters"],
+        "images_per_second": metrics["images_per_second"],
+        "best_epoch": int(best),
+        "epochs": len(run.log),
+        "seed": metrics["seed"],
+        "image_size": metrics["image_size"],
+        "score_size": metrics["score_size"],
+        "images": metrics["images"],
+        "data": Path(metrics["config"]["data"]).name + (" (synthetic)" if metrics["synthetic"] else ""),
+        "split": metrics["config"]["split"],
+        "commit": run.config.get("environment", {}).get("commit") or "",
+        "hardware": f"{environment['device']}, {environment['cpus']} CPUs",
+        "retained_dice": 100 * run.robustness["retained_mean"] if run.robustness else "",
+        "note": run.mark,
+    }
+
+
+def format_csv(runs: Sequence[Run]) -> str:
+    """A row per run, every column of any of them."""
+    rows = [describe(run) for run in runs]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows([{key: _cell(value, ".2f") for key, value in row.items()} for row in rows])
+    return text.getvalue()
+
+
+def format_scores(runs: Sequence[Run]) -> str:
+    """The report's table 1 (segmenters) and table 2 (prompted models), with its numbers beside ours, as Markdown."""
+    parts = []
+    for number, prompted in ((1, False), (2, True)):
+        rows = [describe(run) for run in runs if run.prompted == prompted]
+        if rows:
+            labels = [key for key in rows[0] if key.startswith("iou_")]
+            parts.append(
+                f"Table {number}. {'Prompted by a click' if prompted else 'Segmentation'}, in percent. "
+                "The report's numbers are of another protocol and compare only roughly.\n\n"
+                + _table(rows, {
+                    "run": "run", "iou": "mIoU", "dice": "Dice", "accuracy": "accuracy",
+                    **{label: f"IoU {label.removeprefix('iou_')}" for label in labels},
+                    "pixel_accuracy": "pixel accuracy", "baseline_iou": f"baseline mIoU ({rows[0]['baseline']})",
+                    "report_iou": "report: IoU", "report_dice": "Dice", "report_accuracy": "accuracy",
+                })
+            )  # fmt: skip
+    return "\n".join(parts)
+
+
+def format_report(runs: Sequence[Run], figures: dict[str, str]) -> str:
+    """report.md: the tables, and the figures with their captions."""
+    rows = [describe(run) for run in runs]
+    for row in rows:
+        row["parameters"] = f"{row['parameters'] / 1e6:.2f} M ({row['trained_parameters'] / 1e6:.2f} M)"
+        row["epochs"] = f"{row['best_epoch']} of {row['epochs']}"
+        row["data"] = f"{row['data']}, {row['split']}: {row['images']}"
+    made = _table(rows, {
+        "run": "run", "model": "model", "parameters": "parameters (trained)", "images_per_second": "images/s tested",
+        "epochs": "best epoch", "seed": "seed", "image_size": "image size", "score_size": "scored at",
+        "data": "data: images", "commit": "commit", "hardware": "hardware",
+    })  # fmt: skip
+    parts = ["# Comparison", format_scores(runs), "How they were made:\n\n" + made]
+    swept = [run for run in runs if run.robustness]
+    if swept:
+        names = list(dict.fromkeys(name for run in swept for name in run.robustness["perturbations"]))
+        table = [
+            {"run": run.title, "all": 100 * run.robustness["retained_last"]}
+            | {name: 100 * entry["retained_last"] for name, entry in run.robustness["perturbations"].items()}
+            for run in swept
+        ]
+        heads = {"run": "run", **{name: name.replace("_", " ") for name in names}, "all": "mean"}
+        parts.append("Mean Dice at the last level, in percent of the clean one:\n\n" + _table(table, heads))
+    notes = [f"\\* {run.name}: {run.mark}." for run in runs if run.mark]
+    if any(run.metrics["synthetic"] for run in runs):
+        notes.append("Synthetic drawings: the scores compare with nothing.")
+    parts += notes
+    parts += [f"![{caption}]({name}.png)\n\n{caption} ([PDF]({name}.pdf))." for name, caption in figures.items()]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def compare(ours: Sequence[Run], theirs: Sequence[Run], resamples: int = RESAMPLES) -> dict[str, Any]:
+    """Is the mean IoU of `ours`, a model over seeds, better than of `theirs`? By a paired bootstrap over test images.
+
+    A resample draws the test images anew, with replacement and the same for all runs; its difference is that of the
+    mean over the runs on either side. The interval speaks of other test images, the standard deviations of other seeds.
+    """
+    import numpy as np
+
+    if marked := [run for run in (*ours, *theirs) if run.mark]:
+        raise InputError(f"a paired comparison needs the same images for all: {marked[0].name} was {marked[0].mark}")
+    if ours[0].counts.shape != theirs[0].counts.shape:
+        raise InputError(f"{ours[0].name} and {theirs[0].name} have different classes")
+
+    def mean_iou(runs: Sequence[Run], weights: np.ndarray) -> np.ndarray:
+        """(runs, resamples)"""
+        return np.stack([resampled_iou(run.counts, weights) for run in runs])
+
+    images = len(ours[0].images)
+    rng = np.random.default_rng(0)
+    weights = rng.multinomial(images, np.full(images, 1 / images), size=resamples)
+    difference = mean_iou(ours, weights).mean(axis=0) - mean_iou(theirs, weights).mean(axis=0)
+    everything = np.ones((1, images), np.int64)
+    scores = [mean_iou(runs, everything)[:, 0].tolist() for runs in (ours, theirs)]
+    low, high = np.quantile(difference, (0.025, 0.975)).tolist()
+    return {
+        **{
+            side: {"runs": [run.name for run in runs], "mean": statistics.fmean(values),
+                   "std": statistics.stdev(values) if len(values) > 1 else None}
+            for side, runs, values in zip(("ours", "theirs"), (ours, theirs), scores)
+        },
+        "difference": statistics.fmean(scores[0]) - statistics.fmean(scores[1]),
+        "interval_95": [low, high], "share_better": float((difference > 0).mean()),
+        "images": images, "resamples": resamples,
+    }  # fmt: skip
+
+
+def resampled_iou(counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Mean IoU (R,) of counts (N, C, C) summed with weights (R, N); classes that nothing holds are left out."""
+    import numpy as np
+
+    total = np.einsum("rn,nij->rij", weights, counts, optimize=True)
+    hit = np.einsum("rii->ri", total)
+    union = total.sum(axis=1) + total.sum(axis=2) - hit
+    return np.nanmean(np.where(union > 0, hit / np.maximum(union, 1), np.nan), axis=1)
+
+
+def format_comparison(verdict: dict[str, Any]) -> str:
+    """A comparison in words and numbers, as Markdown."""
+    rows = []
+    for side in ("ours", "theirs"):
+        entry = verdict[side]
+        std = "" if entry["std"] is None else f" ± {100 * entry['std']:.1f}"
+        rows.append(
+            {"runs": ", ".join(entry["runs"]), "n": len(entry["runs"]), "iou": f"{100 * entry['mean']:.1f}{std}"}
+        )
+    low, high = verdict["interval_95"]
+    answer = "better" if low > 0 else "worse" if high < 0 else "not told apart"
+    return (
+        _table(rows, {"runs": "runs", "n": "seeds", "iou": "mIoU, mean ± standard deviation"})
+        + f"\nDifference {100 * verdict['difference']:+.1f} points, 95 % interval {100 * low:+.1f} to "
+        f"{100 * high:+.1f} (paired bootstrap over {verdict['images']} test images, {verdict['resamples']} resamples), "
+        f"above zero in {100 * verdict['share_better']:.1f} % of them: {answer}. The interval speaks of other test "
+        "images, the standard deviations of other seeds.\n"
+    )
+
+
+def _table(rows: Sequence[dict[str, Any]], heads: dict[str, str]) -> str:
+    lines = [f"| {' | '.join(heads.values())} |", f"|{'---|' * len(heads)}"]
+    lines += [f"| {' | '.join(_cell(row.get(key)) for key in heads)} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: Any, form: str = ".1f") -> str:
+    return "" if value is None else f"{value:{form}}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    run_script(main)
