@@ -4,7 +4,9 @@ BIN := .venv/bin
 READY := .venv/.ready
 DEMO := demo
 
-.PHONY: install demo test lint bench clean
+DATA ?= Dataset
+
+.PHONY: install demo study report test lint bench clean
 
 demo: $(READY)
 	$(BIN)/python dataset/dataset_prep.py $(DEMO)/data --synthetic 480
@@ -12,6 +14,14 @@ demo: $(READY)
 	$(BIN)/python unet/train.py --data $(DEMO)/data --out $(DEMO)/unet --device cpu \
 		--image-size 96 --base-channels 16 --batch-size 8 --lr 1e-3 --epochs 18 --patience 0
 	$(BIN)/python unet/test.py --data $(DEMO)/data --checkpoint $(DEMO)/unet/best.pt --device cpu
+
+# The whole study, on DATA; more flags of utils/study.py in FLAGS.
+study: $(READY)
+	$(BIN)/python utils/study.py --data $(DATA) $(FLAGS)
+
+# Tables and figures of tested runs: make report RUNS="runs/unet runs/clip_seg"
+report: $(READY)
+	$(BIN)/python utils/report.py $(RUNS) $(FLAGS)
 
 install: $(READY)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -20,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from utils.config import flag, parse, run_script, to_json
-from utils.files import InputError, read_json, write_bytes, write_json
+from utils.files import read_json, write_bytes, write_json
+from utils.study import last_stage, open_study, train_and_test
 
 ENCODERS = ("random", "mse", "ssim", "edge")
 
@@ -44,19 +44,15 @@ class Config:
 
 def main() -> None:
     config = parse(Config, __doc__)
-    settings = to_json(config)
-    kept = config.out / "config.json"
-    if kept.exists() and read_json(kept) != settings:
-        raise InputError(f"{config.out} holds a study with other settings, see {kept}: choose another --out")
-    write_json(kept, settings)
-
+    open_study(config)
+    test_flags = ["--data", str(config.data), "--device", config.device, "--workers", str(config.workers)]
     planned, runs = plan(config), []
     for number, (seed, name, model, options) in enumerate(planned, start=1):
         print(f"--- {number} of {len(planned)}: {name}, seed {seed}", flush=True)
         folder = config.out / f"seed{seed}" / name
-        train_and_test(config, seed, folder, model, options)
+        train_and_test(model, folder, [*train_flags(config, seed), *options], test_flags)
         runs.append({"name": name, "seed": seed, **read_scores(folder, model)})
-    write_json(config.out / "study.json", {"config": settings, "runs": runs})
+    write_json(config.out / "study.json", {"config": to_json(config), "runs": runs})
     table = format_table(runs)
     write_bytes(config.out / "table.md", table.encode())
     print(f"\n{table}\n{config.out / 'study.json'}\n{config.out / 'table.md'}")
@@ -79,29 +75,12 @@ def plan(config: Config) -> list[tuple[int, str, str, list[str]]]:
     return runs
 
 
-def last_stage(folder: Path, model: str) -> Path:
-    """Where the segmentation of a run is: the autoencoder's has a folder of its own."""
-    return folder / "segmentation" if model == "autoencoder" else folder
-
-
-def train_and_test(config: Config, seed: int, folder: Path, model: str, options: Sequence[str]) -> None:
-    """Train and test one run as a user would; what is finished is not done again, what was stopped goes on."""
-    if (last_stage(folder, model) / "test" / "metrics.json").exists():
-        return
+def train_flags(config: Config, seed: int) -> list[str]:
     shared = {field.name: getattr(config, field.name) for field in fields(Config)}
     for own in ("out", "seeds", "pretrain_epochs"):
         del shared[own]
     flags = [part for name, value in shared.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    resume = ["--resume"] if (folder / "config.json").exists() else []
-    place = ["--data", str(config.data), "--device", config.device, "--workers", str(config.workers)]
-    commands = [
-        ["train.py", *flags, "--out", str(folder), "--seed", str(seed), "--patience", "0", *options, *resume],
-        ["test.py", *place, "--checkpoint", str(last_stage(folder, model) / "best.pt")],
-    ]
-    for script, *arguments in commands:
-        result = subprocess.run([sys.executable, str(ROOT / model / script), *arguments])
-        if result.returncode:
-            raise InputError(f"{model}/{script} failed for {folder}; mend what it says, and start the study again")
+    return [*flags, "--seed", str(seed), "--patience", "0"]
 
 
 def read_scores(folder: Path, model: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 
 from autoencoder import study
 from tests.conftest import run
-from utils.files import write_json
+from utils.files import InputError, write_json
 
 
 def scores(mean: float) -> dict:
@@ -78,7 +78,7 @@ def test_what_is_finished_is_kept_and_what_was_stopped_goes_on(monkeypatch, comm
 
 def test_other_settings_are_another_study(monkeypatch, commands, tmp_path):
     start(monkeypatch, "--out", tmp_path, "--seeds", 2)
-    with pytest.raises(study.InputError, match="holds a study with other settings"):
+    with pytest.raises(InputError, match="holds a study with other settings"):
         start(monkeypatch, "--out", tmp_path, "--seeds", 2, "--epochs", 3)
 
 
