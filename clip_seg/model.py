@@ -67,7 +67,9 @@ class ClipEncoder(nn.Module):
         if image.shape[-2:] == (self.image_size, self.image_size):
             return image
         size = (self.image_size, self.image_size)
-        return F.interpolate(image, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+        # Contiguous: on a CPU the same resize of channels-last images takes three times as long.
+        resized = F.interpolate(image.contiguous(), size, mode="bicubic", antialias=True, align_corners=False)
+        return resized.clamp(0, 1)
 
     def tokens(self, prepared: Tensor) -> list[Tensor]:
         """Feature maps of images at the encoder's size."""
