@@ -1,6 +1,7 @@
 """python benchmarks/run.py [--data DIR] [--out FILE]
 
-Measure script start-up, preparation, loader and train step; the last two beside what they are compared with.
+Measure script start-up, preparation, loader, train step, CLIP and the sweep over perturbations, the last four beside
+what they are compared with.
 
 DIR is a folder of photographs in the Oxford-IIIT layout that is copied, not changed; without it 200 pets are drawn.
 Figures are medians over repeats. A figure and its comparison are taken in turn, so that both see the same machine.
@@ -36,6 +37,10 @@ SCRIPTS = (
     "clip_seg/test.py",
     "point_clip/train.py",
     "point_clip/test.py",
+    "dataset/exploration.py",
+    "dataset/perturbation.py",
+    "utils/report.py",
+    "utils/study.py",
 )
 WARM_UP, SAMPLES = 32, 256
 
@@ -209,6 +214,7 @@ def bench_clip(repeats: int) -> dict:
 
     from clip_seg.model import ClipSegmenter, make_encoder
     from point_clip.model import PointClip
+    from utils.helper import to_device
     from utils.loss import cross_entropy
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -216,7 +222,7 @@ def bench_clip(repeats: int) -> dict:
     name = "openai/clip-vit-base-patch32"
     torch.manual_seed(0)
     pictures = torch.randint(0, 256, (32, 3, 256, 256), dtype=torch.uint8)
-    images = pictures.to(device) / 255
+    images = to_device({"image": pictures}, device)["image"]
 
     def waiting(work: Callable[[], object]) -> Callable[[], None]:
         def run() -> None:
@@ -226,13 +232,19 @@ def bench_clip(repeats: int) -> dict:
         return run
 
     encoder = make_encoder(name, frozen=True, random_init=True)[0].to(device).eval()
-    arrays = list(pictures.permute(0, 2, 3, 1).numpy())
-    processor, processor_pil = CLIPImageProcessor(), CLIPImageProcessorPil()
+    bytewise = list(pictures)
+
+    def process(processor: Callable, batch: object, **options: bool) -> Callable[[], None]:
+        return waiting(lambda: processor(batch, return_tensors="pt", **options)["pixel_values"].to(device))
+
+    # The report's way: inside `forward`, where a batch is of floats on the device; and from bytes on the host.
     preparation = in_turn(
         repeats,
         own=waiting(lambda: encoder.normalize(encoder.prepare(images))),
-        processor=waiting(lambda: processor(list(pictures), return_tensors="pt")["pixel_values"].to(device)),
-        processor_pil=waiting(lambda: processor_pil(arrays, return_tensors="pt")["pixel_values"].to(device)),
+        pil_in_forward=waiting(lambda: process(CLIPImageProcessorPil(), list(images.cpu()), do_rescale=False)()),
+        torchvision_in_forward=process(CLIPImageProcessor(), images, do_rescale=False),
+        pil_of_bytes=process(CLIPImageProcessorPil(), bytewise),
+        torchvision_of_bytes=process(CLIPImageProcessor(), bytewise),
     )
 
     clicks: dict[str, dict] = {}
@@ -289,7 +301,8 @@ def bench_clip(repeats: int) -> dict:
         "preparation_of_32_images": {key: spread(values, 4) for key, values in preparation.items()}
         | {
             f"{key}_to_own": spread([a / b for a, b in zip(preparation[key], preparation["own"])], 2)
-            for key in ("processor", "processor_pil")
+            for key in preparation
+            if key != "own"
         },
         "clicks_on_one_image": clicks,
         "train_step": {"batch_size": count}
@@ -303,6 +316,71 @@ def _without_gradients(module: Callable, images: object) -> None:
 
     with torch.no_grad():
         module(images)
+
+
+def bench_sweep(base: Path, repeats: int) -> dict:
+    """The eight perturbations of a U-Net against its forward passes alone, and against the way of the report's code.
+
+    That loaded the model and decoded every image again for each point of each curve; here for one point of three.
+    """
+    import torch
+
+    from dataset.perturbation import PERTURBATIONS, make_damage
+    from dataset.pet import make_test_loader
+    from unet.model import UNet
+    from utils.config import TestConfig
+    from utils.dataset import resize_image, to_rgb
+    from utils.evaluation import answer_classes, resize_logits
+    from utils.files import load_picture
+    from utils.helper import load_model, pick_device, save_checkpoint, to_device
+    from utils.metric import count_confusion, predict
+    from utils.robustness import passes, sweep
+
+    device = pick_device("auto")
+    channels, count = (64, 256) if device.type == "cuda" else (16, 4)
+    config = TestConfig(data=base, limit=count, perturb=[], batch_size=min(32, count))
+    model = UNet(base_channels=channels).to(device, memory_format=torch.channels_last).eval()
+    path = base / "unet.pt"
+    save_checkpoint(
+        path, {"model_name": "unet", "model": model.state_dict(), "model_args": {"base_channels": channels}}
+    )
+    damage = make_damage(config, 256)
+    ways, total = list(PERTURBATIONS.values()), passes(list(PERTURBATIONS.values()))
+    batches = [to_device(batch, device) for batch in make_test_loader(config, 256)]
+    images = sum(len(batch["image"]) for batch in batches)
+    points = (ways[1], ways[2], ways[4])  # without chance, which the report's code drew once a run
+
+    @torch.inference_mode()
+    def forward_passes() -> None:
+        for _ in range(total):
+            for batch in batches:
+                predict(model(batch["image"]))
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    @torch.inference_mode()
+    def plain_points() -> None:
+        for way in points:
+            fresh, _ = load_model(path, UNet, "unet", device)
+            for record in damage.loader.dataset.records:
+                picture = resize_image(to_rgb(load_picture(record.image)), 256)
+                damaged = way(torch.from_numpy(picture).permute(2, 0, 1)[None], 5)
+                label = torch.from_numpy(record.load_label()).to(device)
+                logits = fresh(to_device({"image": damaged}, device)["image"])
+                count_confusion(predict(resize_logits(logits, label.shape))[0], label, 3).cpu()
+
+    seconds: dict[str, list[float]] = {"sweep": [], "forward_passes_alone": [], "plain_point": []}
+    for _ in range(repeats):
+        seconds["sweep"].append(timed(lambda: sweep(answer_classes(model), damage, device, 3)))
+        seconds["forward_passes_alone"].append(timed(forward_passes))
+        seconds["plain_point"].append(timed(plain_points) / len(points))
+    pairs = list(zip(*seconds.values()))
+    return {
+        "device": str(device), "base_channels": channels, "image_size": 256, "images": images, "passes": total,
+        **{f"{key}_seconds": spread(values, 2) for key, values in seconds.items()},
+        "sweep_to_forward_passes": spread([sweep / alone for sweep, alone, _ in pairs]),
+        "plain_to_sweep_per_pass": spread([plain / (sweep / total) for sweep, _, plain in pairs], 2),
+    }  # fmt: skip
 
 
 def bench_start(repeats: int) -> dict:
@@ -344,6 +422,7 @@ def main() -> None:
         figures["loader"] = bench_loader(folder / "prep0", args.repeats)
         figures["train_step"] = bench_train_step(args.repeats)
         figures["clip"] = bench_clip(args.repeats)
+        figures["sweep"] = bench_sweep(folder / "prep0", min(args.repeats, 3))
     print(json.dumps(figures, indent=2))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from point_clip.test import Config as PointTestConfig
 from point_clip.train import Config as PointConfig
 from tests.conftest import ROOT
 from unet.train import Config as UNetConfig
+from utils.study import KINDS
 
 README = (ROOT / "README.md").read_text()
 
@@ -24,10 +25,16 @@ def test_every_flag_is_described():
             assert f"`--{field.name.replace('_', '-')}" in README, field.name
 
 
+def test_every_kind_of_run_of_the_study_is_named():
+    assert all(f"`{name}`" in README for name in KINDS)
+
+
 def test_links_and_paths_exist():
     for path in re.findall(r"\]\(((?!http)[^)]+)\)", README):
         assert (ROOT / path).exists(), path
-    for path in re.findall(r"python ((?:unet|autoencoder|clip_seg|point_clip|dataset|benchmarks)/\w+\.py)", README):
+    for path in re.findall(
+        r"python ((?:unet|autoencoder|clip_seg|point_clip|dataset|benchmarks|utils)/\w+\.py)", README
+    ):
         assert (ROOT / path).exists(), path
 
 
