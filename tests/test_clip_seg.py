@@ -103,7 +103,11 @@ def test_preparation_agrees_with_clips_own_where_both_resize_the_same_way(clip_f
 
 def test_a_frozen_encoder_is_left_out_of_the_checkpoint_and_found_again(clip_folder, tmp_path):
     encoder, arguments = make_encoder(str(clip_folder), frozen=True)
-    model = ClipSegmenter(encoder, base_channels=2)
+    model = ClipSegmenter(encoder, base_channels=2).train()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(torch.rand(2, 3, 40, 40)).square().mean().backward()
+    optimizer.step()
+    assert hash_weights(encoder.vision) == arguments["weights_hash"], "training leaves it bit for bit as it was"
     state = model.state_dict()
     assert not any("vision" in key for key in state) and "decoder.blocks.0.up.weight" in state
     rebuilt = build_segmenter(encoder=arguments, base_channels=2)
