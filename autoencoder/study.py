@@ -44,7 +44,8 @@ class Config:
 
 def main() -> None:
     config = parse(Config, __doc__)
-    open_study(config)
+    lock = open_study(config)
+    write_json(config.out / "config.json", to_json(config))
     test_flags = ["--data", str(config.data), "--device", config.device, "--workers", str(config.workers)]
     planned, runs = plan(config), []
     for number, (seed, name, model, options) in enumerate(planned, start=1):
@@ -55,6 +56,7 @@ def main() -> None:
     write_json(config.out / "study.json", {"config": to_json(config), "runs": runs})
     table = format_table(runs)
     write_bytes(config.out / "table.md", table.encode())
+    lock.close()
     print(f"\n{table}\n{config.out / 'study.json'}\n{config.out / 'table.md'}")
 
 

@@ -34,11 +34,12 @@ def main() -> None:
     # Heavy imports come after parsing, so that --help answers at once.
     from autoencoder.model import LEVELS, Autoencoder, build_segmenter
     from autoencoder.reconstruction import score_reconstruction
-    from dataset.perturbation import make_damage
+    from dataset.perturbation import check_flags, make_damage
     from dataset.pet import is_synthetic, make_test_loader
     from utils.evaluation import results_folder, score, segment_pictures
     from utils.helper import load_model, pick_device
 
+    check_flags(config)
     device = pick_device(config.device)
     segmenter, checkpoint = load_model(config.checkpoint, build_segmenter, "autoencoder", device)
     if config.images:

@@ -27,11 +27,12 @@ def main() -> None:
 
     # Heavy imports come after parsing, so that --help answers at once.
     from clip_seg.model import build_segmenter, moved
-    from dataset.perturbation import make_damage
+    from dataset.perturbation import check_flags, make_damage
     from dataset.pet import is_synthetic, make_test_loader
     from utils.evaluation import score, segment_pictures
     from utils.helper import load_model, pick_device
 
+    check_flags(config)
     device = pick_device(config.device)
     model, checkpoint = load_model(config.checkpoint, moved(build_segmenter, config.clip_model), "clip_seg", device)
     if config.images:

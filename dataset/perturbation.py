@@ -98,7 +98,7 @@ def _brightness(image: Tensor, offset: float, _: None) -> Tensor:
 
 
 def _draw_place(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    return rng.random(2)
+    return rng.random(2).astype(np.float32)  # Apple's GPUs know no float64
 
 
 def _occlusion(image: Tensor, edge: float, place: Tensor) -> Tensor:
@@ -107,8 +107,8 @@ def _occlusion(image: Tensor, edge: float, place: Tensor) -> Tensor:
 
     height, width = image.shape[-2:]
     edge_x, edge_y = min(int(edge), width), min(int(edge), height)
-    left = (place[:, 0] * (width - edge_x + 1)).floor()[:, None]  # (B, 1)
-    top = (place[:, 1] * (height - edge_y + 1)).floor()[:, None]
+    left = (place[:, 0] * (width - edge_x + 1)).floor().clamp(max=width - edge_x)[:, None]  # (B, 1)
+    top = (place[:, 1] * (height - edge_y + 1)).floor().clamp(max=height - edge_y)[:, None]
     x = torch.arange(width, device=image.device)
     y = torch.arange(height, device=image.device)
     columns = (x >= left) & (x < left + edge_x)  # (B, W)
@@ -157,6 +157,13 @@ def make_damage(config: Any, image_size: int) -> Damage | None:
     ways = choose(config.perturb)
     chance = functools.partial(draw_chance, perturbations=ways, size=image_size, seeds=SEEDS)
     return Damage(ways, make_test_loader(config, image_size, chance=chance)) if ways else None
+
+
+def check_flags(config: Any) -> None:
+    """InputError, before anything is loaded, for a TestConfig whose `--perturb` cannot be done."""
+    if config.perturb is not None and config.images:
+        raise InputError("--perturb scores a split; with --images there is nothing to score, leave one of them out")
+    choose(config.perturb)
 
 
 def choose(names: Sequence[str] | None) -> list[Perturbation]:

@@ -82,7 +82,11 @@ def score_clicks(
             image_features = [part[position : position + 1] for part in features]
             clicks = [in_label(click, photos[done], label.shape) for click in fixed[done]]
             more = draw_clicks(label, np.random.default_rng([0, done]))
-            masks = predict_clicks(model, image_features, [*clicks, *more], label.shape, size)
+            # Apart, so that the scores of the fixed clicks are those of the sweep's level 0 to the bit.
+            answers = [
+                predict_clicks(model, image_features, some, label.shape, size) for some in (clicks, more) if some
+            ]
+            masks = torch.cat(answers) if answers else torch.empty(0)
             tables = []
             for click, mask in zip([*clicks, *more], masks):
                 tables.append(count_confusion(mask.cpu(), target_of(label, click), 2))
@@ -200,9 +204,10 @@ def in_label(click: Click, photo: Sequence[int], shape: Sequence[int]) -> Click:
     return Click(x, y, click.on_pet)
 
 
-def target_of(label: np.ndarray, click: Click) -> Tensor:
+def target_of(label: np.ndarray | Tensor, click: Click) -> Tensor:
     """What lies under a click: 1 there, 0 elsewhere, 255 on the boundary; (H, W)."""
-    return under_click(torch.from_numpy(label)[None], torch.tensor([click.on_pet]))[0]
+    label = torch.as_tensor(label)
+    return under_click(label[None], torch.tensor([click.on_pet], device=label.device))[0]
 
 
 def plot_examples(

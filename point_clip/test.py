@@ -42,13 +42,14 @@ def main() -> None:
 
     # Heavy imports come after parsing, so that --help answers at once.
     from clip_seg.model import moved
-    from dataset.perturbation import make_damage
+    from dataset.perturbation import check_flags, make_damage
     from dataset.pet import is_synthetic, make_test_loader
     from point_clip.model import build_point_clip
     from point_clip.scoring import score_clicks
     from utils.evaluation import segment_pictures
     from utils.helper import load_model, pick_device
 
+    check_flags(config)
     device = pick_device(config.device)
     model, checkpoint = load_model(config.checkpoint, moved(build_point_clip, config.clip_model), "point_clip", device)
     if config.images:

@@ -26,7 +26,7 @@ def commands(monkeypatch) -> list[list[str]]:
     """The commands that the study starts; instead of running, train.py leaves a config and test.py the scores."""
     started = []
 
-    def pretend(command):
+    def pretend(command, close_fds):
         started.append(command[1:])
         flags = dict(zip(command[2::2], command[3::2]))
         if command[1].endswith("train.py"):
@@ -36,9 +36,9 @@ def commands(monkeypatch) -> list[list[str]]:
             write_json(test / "metrics.json", scores(0.4))
             if "unet" not in str(test) and "random" not in str(test):
                 write_json(test / "reconstruction.json", {"mean": {"autoencoder": {"psnr": 20.0, "ssim": 0.5}}})
-        return SimpleNamespace(returncode=0)
+        return SimpleNamespace(wait=lambda: 0)
 
-    monkeypatch.setattr(subprocess, "run", pretend)
+    monkeypatch.setattr(subprocess, "Popen", pretend)
     return started
 
 

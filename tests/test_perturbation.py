@@ -99,8 +99,6 @@ def test_contrast_and_brightness_are_exact_after_clipping(name, level, image):
     pixels = image.numpy().astype(np.float64)
     expected = np.rint(np.clip(pixels * amount if "contrast" in name else pixels + amount, 0, 255))
     assert np.abs(damage(image, name, level).numpy() - expected).max() <= (1 if "contrast" in name else 0)
-    if "brightness" in name:
-        assert expected.min() >= 0 and expected.max() <= 255
     darker = damage(image, name, level).double().mean() < image.double().mean()
     assert bool(darker) == (level > 0 and name.endswith("decrease"))
 

@@ -13,9 +13,21 @@ import torch
 from PIL import Image
 
 from tests.conftest import run
+from utils import plot
+from utils.dataset import overlay
 from utils.files import InputError
 from utils.metric import ConfusionMatrix
-from utils.report import compare, format_comparison, mark_differences, pick_rows, read_runs, resampled_iou
+from utils.report import (
+    compare,
+    draw,
+    format_comparison,
+    format_report,
+    format_scores,
+    mark_differences,
+    pick_rows,
+    read_runs,
+    resampled_iou,
+)
 
 FIGURES = ("classes", "curves", "robustness", "predictions")
 
@@ -62,9 +74,7 @@ def test_the_tables_hold_what_the_runs_say(runs, tested, prepared, tmp_path):
     assert float(rows[0]["iou_dog"]) == pytest.approx(100 * metrics["iou"]["dog"], abs=0.006)
     assert int(rows[0]["parameters"]) == metrics["parameters"] > 0
     assert rows[0]["epochs"] == "2" and rows[0]["seed"] == "0" and rows[0]["images"] == "12"
-    with (tested / "log.csv").open(newline="") as file:
-        losses = {row["epoch"]: float(row["val_loss"]) for row in csv.DictReader(file)}
-    assert rows[0]["best_epoch"] == min(losses, key=losses.get)
+    assert int(rows[0]["epoch"]) == metrics["epoch"]
     left = json.loads((tested / "test/robustness.json").read_text())["perturbations"]["occlusion"]["retained_last"]
     report = (out / "report.md").read_text()
     assert f"| one/unet | {100 * left:.1f} | {100 * left:.1f} |" in report
@@ -72,6 +82,58 @@ def test_the_tables_hold_what_the_runs_say(runs, tested, prepared, tmp_path):
     for name in FIGURES:
         assert Image.open(out / f"{name}.png").width > 400
         assert (out / f"{name}.pdf").read_bytes().startswith(b"%PDF") and f"]({name}.png)" in report
+
+
+def prompt(folder: Path) -> None:
+    """Make a run that of a model prompted by clicks, all of whose predictions are right."""
+    two = {"ground": 0.5, "object": 1.0, "mean": 0.75}
+    edit_json(folder / "test/metrics.json", model="point_clip", iou=two, dice=two, accuracy=two)
+    edit_json(folder / "config.json", point_encoding="disk")
+    with (folder / "test/images.csv").open(newline="") as file:
+        head, *rows = csv.reader(file)
+    with (folder / "test/images.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([head[:7], *([*row[:3], 10, 0, 0, 20] for row in rows)])
+    for path in (folder / "test/masks").iterdir():
+        mask = Image.open(path)
+        Image.fromarray(np.ones(mask.size[::-1], np.uint8)).save(path)
+
+
+def test_a_prompted_run_has_tables_of_its_own(runs, prepared, tmp_path, monkeypatch):
+    prompt(runs[1])
+    shown = []
+    monkeypatch.setattr(plot, "plot_comparison", lambda path, rows, headings, title: shown.append((rows, headings)))
+    one, two = read_runs(runs)
+    figures = draw(tmp_path / "report", [one, two], pick_rows([one, two], prepared))
+    assert list(figures) == ["classes", "classes-prompted", "curves", "robustness", "predictions"]
+    ((rows, headings),) = shown
+    assert headings == ["photograph", "truth", "one/unet", "two/unet\n(a click)"]
+    for caption, (photo, *_, clicked) in rows:
+        species = 1 if "Synthetic_cat" in caption else 2
+        assert np.array_equal(clicked, overlay(photo, np.full(photo.shape[:2], species, np.uint8))), "in its color"
+    tables = format_scores([one, two])
+    assert "Table 1. Segmentation" in tables and "Table 2. Prompted by a click" in tables
+    assert "| 36 | 45 | 82 |" in tables and "| 37 |" not in tables, "the report's model had no disk"
+    for sides in (([one], [two]), ([one, two], [one])):
+        with pytest.raises(InputError, match="have different classes"):
+            compare(*sides)
+    two.counts, two.metrics["model"] = one.counts, "autoencoder"
+    with pytest.raises(InputError, match=r"each side is to be one model over seeds, got .*two/unet \(autoencoder\)"):
+        compare([one, two], [one])
+
+
+def test_the_mean_is_over_the_perturbations_that_all_have(runs):
+    path = runs[1] / "test/robustness.json"
+    swept = json.loads(path.read_text())["perturbations"]
+    edit_json(path, perturbations=swept | {"fog": swept["occlusion"] | {"retained_last": 0.01}})
+    report = format_report(read_runs(runs), {})
+    left = 100 * swept["occlusion"]["retained_last"]
+    assert "| run | occlusion | fog | mean of occlusion |" in report and f"| {left:.1f} | 1.0 | {left:.1f} |" in report
+
+
+def test_a_sweep_at_another_size_does_not_compare(runs):
+    edit_json(runs[1] / "test/metrics.json", image_size=64)
+    with pytest.raises(InputError, match="two/unet: perturbed at 64 pixels, one/unet at 32"):
+        mark_differences(read_runs(runs), allowed=False)
 
 
 def test_rows_are_chosen_by_rule(tested, prepared):

@@ -7,13 +7,20 @@ import json
 
 import pytest
 import torch
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from clip_seg.model import ClipEncoder
 from dataset.perturbation import PERTURBATIONS, choose, make_damage
-from dataset.pet import make_test_loader
-from tests.conftest import run
+from dataset.pet import find_records, make_test_loader
+from dataset.pet_heatmap import picture_size, read_points
+from point_clip.model import PointClip
+from point_clip.scoring import answer_clicks, predict_clicks
+from tests.conftest import TINY_CLIP, run
 from unet.model import UNet
 from unet.test import Config
+from utils.dataset import IGNORE
 from utils.evaluation import answer_classes, evaluate
+from utils.metric import count_confusion
 from utils.robustness import Damage, passes, summarize, sweep
 
 CPU = torch.device("cpu")
@@ -42,6 +49,8 @@ def test_level_zero_is_the_clean_score_and_the_batch_size_changes_nothing(prepar
 
 
 def test_each_image_is_loaded_once_and_two_models_see_the_same(prepared, model):
+    torch.manual_seed(1)
+    models = iter((model, UNet(base_channels=4).eval()))
     config = Config(data=prepared, workers=0, perturb=["occlusion", "salt_and_pepper", "gaussian_blur"])
     damage = make_damage(config, 32)
     loads, seen = [], []
@@ -54,21 +63,57 @@ def test_each_image_is_loaded_once_and_two_models_see_the_same(prepared, model):
                 loads.append(len(batch["name"]))
                 yield batch
 
-    def spy(batch):
-        seen[-1].append(batch["image"].clone())
-        return answer_classes(model)(batch)
-
-    for _ in range(2):
+    for other in models:
         seen.append([])
+
+        def spy(batch, other=other):
+            seen[-1].append(batch["image"].clone())
+            return answer_classes(other)(batch)
+
         sweep(spy, Damage(damage.perturbations, Counting()), CPU, 3)
     assert sum(loads) == 2 * 12
     assert len(seen[0]) == passes(damage.perturbations) == 1 + 9 + 2 * 27
     assert all(torch.equal(one, two) for one, two in zip(*seen, strict=True))
 
 
+def test_clicks_are_swept_like_everything_else(prepared):
+    """Level 0 are the scores of the fixed clicks; a photograph without a click is passed over."""
+    torch.manual_seed(0)
+    model = PointClip(ClipEncoder(CLIPVisionModel(CLIPVisionConfig(**TINY_CLIP))), encoding="disk", base_channels=2)
+    records = find_records(prepared, "Test")
+    prompts = {
+        record.name: (picture_size(record.image), clicks) for record, clicks in zip(records, read_points(records))
+    }
+    for record in records[:7]:
+        prompts[record.name] = (prompts[record.name][0], [])
+    config = Config(data=prepared, workers=0, batch_size=5, perturb=["brightness_increase"])
+    answer = answer_clicks(model.eval(), prompts, 32)
+    table = sweep(answer, make_damage(config, 32), CPU, 2)["brightness_increase"]
+    assert table.shape == (10, 1, 2, 2)
+
+    expected = torch.zeros(2, 2, dtype=torch.int64)
+    with torch.inference_mode():
+        for item, record in list(zip(make_test_loader(config, 32).dataset, records))[7:]:
+            features = model.encode(item["image"][None] / 255)
+            for click in prompts[record.name][1]:
+                (mask,) = predict_clicks(model, features, [click], item["label"].shape, 32)
+                on_pet = torch.from_numpy(item["label"] > 0)
+                target = torch.where(torch.from_numpy(item["label"]) == IGNORE, IGNORE, (on_pet == click.on_pet).int())
+                expected += count_confusion(mask, target, 2)
+    assert (table[0, 0].sum(dim=1) == expected.sum(dim=1)).all() and expected.sum() > 0
+    assert (table[0, 0] - expected).abs().sum() < 1e-4 * expected.sum(), "a batch rounds otherwise than one image"
+
+
+def test_perturbing_needs_labels(trained, prepared):
+    picture = find_records(prepared, "Test")[0].image
+    result = run("unet/test.py", "--checkpoint", trained / "best.pt", "--images", picture, "--perturb")
+    assert result.returncode == 1 and "--perturb scores a split" in result.stderr
+
+
 def test_the_summary_by_hand():
     mean = [[0.8], [0.6, 0.8, 0.7], [0.4]]
-    left = summarize({"dice": {"mean": mean}})
+    dice = {"cat": mean, "background": mean, "dog": [[None], [0.1, None, None], [None]]}
+    left = summarize({"dice": dice}, ["background", "cat"])  # no dog in the truth: what is taken for one is no mean
     assert left["retained_last"] == pytest.approx(0.5)
     assert left["retained_mean"] == pytest.approx((0.7 + 0.4) / 2 / 0.8)
     assert left["area"] == pytest.approx((0.75 + 0.55) / 2)

@@ -25,7 +25,7 @@ def commands(monkeypatch, tmp_path) -> list[list[str]]:
     """The commands that the study starts; instead of running, each leaves the files that say it is finished."""
     started = []
 
-    def pretend(command):
+    def pretend(command, close_fds):
         started.append([str(Path(command[1]).relative_to(ROOT)), *command[2:]])
         flags = dict(zip(command[2::2], command[3::2]))
         if command[1].endswith("dataset_prep.py"):
@@ -36,9 +36,9 @@ def commands(monkeypatch, tmp_path) -> list[list[str]]:
         elif command[1].endswith("test.py"):
             write_json(Path(flags["--checkpoint"]).parent / "test" / "metrics.json", {})
             write_json(Path(flags["--checkpoint"]).parent / "test" / "robustness.json", {})
-        return SimpleNamespace(returncode=0)
+        return SimpleNamespace(wait=lambda: 0)
 
-    monkeypatch.setattr(subprocess, "run", pretend)
+    monkeypatch.setattr(subprocess, "Popen", pretend)
     return started
 
 
@@ -95,8 +95,21 @@ def test_what_cannot_work_is_said_at_the_start(monkeypatch, commands, tmp_path, 
     with pytest.raises(InputError, match=r"no CLIP weights for --clip-model .*nowhere"):
         start(monkeypatch, tmp_path, "--models", "unet", "clip", "--clip-model", tmp_path / "nowhere")
     assert not any("train.py" in command[0] for command in commands), "before hours of other work"
+    start(
+        monkeypatch, tmp_path, "--models", "unet", "clip", "--clip-model", clip_folder
+    )  # what failed left no settings
     with pytest.raises(InputError, match=r"holds a study with other settings(.|\n)*--epochs was 50, is 3"):
-        start(monkeypatch, tmp_path, "--models", "unet", "clip", "--clip-model", tmp_path / "nowhere", "--epochs", 3)
+        start(monkeypatch, tmp_path, "--models", "unet", "--clip-model", clip_folder, "--epochs", 3)
+
+
+def test_two_do_not_work_on_one_study(monkeypatch, commands, tmp_path):
+    """Not even when the first was killed and a script of it lives on: it has the lock."""
+    first = study.open_study(study.Config(out=tmp_path))
+    with pytest.raises(InputError, match="this study is being made by another process"):
+        start(monkeypatch, tmp_path, "--models", "unet")
+    assert os.get_inheritable(first.fileno())
+    first.close()
+    start(monkeypatch, tmp_path, "--models", "unet")
 
 
 def test_a_failing_run_ends_the_study(tmp_path):

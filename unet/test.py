@@ -25,12 +25,13 @@ def main() -> None:
     config = parse(Config, __doc__)
 
     # Heavy imports come after parsing, so that --help answers at once.
-    from dataset.perturbation import make_damage
+    from dataset.perturbation import check_flags, make_damage
     from dataset.pet import is_synthetic, make_test_loader
     from unet.model import UNet
     from utils.evaluation import score, segment_pictures
     from utils.helper import load_model, pick_device
 
+    check_flags(config)
     device = pick_device(config.device)
     model, checkpoint = load_model(config.checkpoint, UNet, "unet", device)
     if config.images:

@@ -87,7 +87,7 @@ def answer_classes(model: nn.Module) -> Answer:
     def answer(batch: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
         logits = model(batch["image"])
         for image_logits, label in zip(logits, batch["label"]):
-            yield predict(resize_logits(image_logits[None], label.shape))[0], torch.from_numpy(label).to(logits.device)
+            yield predict(resize_logits(image_logits[None], label.shape))[0], torch.as_tensor(label).to(logits.device)
 
     return answer
 
@@ -212,9 +212,11 @@ def provenance(
 
 
 def results_folder(config: TestConfig) -> Path:
-    """The folder for the results of scoring a split, made where it is not there yet."""
+    """The folder for the results of scoring a split, made where it is not there yet; older scores in it go."""
     out = config.out or config.checkpoint.parent / ("test" if config.split == "Test" else f"test_{config.split}")
     out.mkdir(parents=True, exist_ok=True)  # what is wrong with it should show before the work, not after
+    for name in ("metrics.json", "robustness.json", "robustness.csv", "robustness.png"):
+        (out / name).unlink(missing_ok=True)  # or a sweep of other images would stand beside the new scores
     return out
 
 

@@ -99,8 +99,9 @@ def plot_levels(axis: Axes, levels: Sequence[Sequence[float | None]], label: str
     """A curve through the means of the draws of each level, in a band from the lowest to the highest draw."""
     values = [[np.nan if value is None else value for value in level] for level in levels]
     steps = range(len(values))
-    axis.plot(steps, [np.mean(level) for level in values], label=label, color=color, linestyle=style)
-    axis.fill_between(steps, list(map(min, values)), list(map(max, values)), color=color, alpha=0.2, linewidth=0)
+    known = [[value for value in level if not np.isnan(value)] or [np.nan] for level in values]
+    axis.plot(steps, [np.mean(level) for level in known], label=label, color=color, linestyle=style)
+    axis.fill_between(steps, list(map(min, known)), list(map(max, known)), color=color, alpha=0.2, linewidth=0)
 
 
 # A look for each of several runs: color (Okabe and Ito's, for the color-blind), dashes and hatch (for grey printing).
@@ -111,6 +112,13 @@ RUN_LOOKS = (
 )  # fmt: skip
 
 
+def _look(number: int) -> tuple[str, Any, str]:
+    """Color, dashes and hatch of run `number`: after eight the colors come again, with other dashes and hatches."""
+    color, _, _ = RUN_LOOKS[number % len(RUN_LOOKS)]
+    _, dashes, hatch = RUN_LOOKS[(number + number // len(RUN_LOOKS)) % len(RUN_LOOKS)]
+    return color, dashes, hatch
+
+
 def plot_classes(path: Path, scores: dict[str, dict[str, float | None]], title: str) -> None:
     """A group of bars per class and for the mean, a bar per run: the IoU."""
     labels = list(next(iter(scores.values())))
@@ -118,13 +126,13 @@ def plot_classes(path: Path, scores: dict[str, dict[str, float | None]], title: 
     figure = Figure(figsize=(2 + 0.45 * len(labels) * (len(scores) + 1), 3.8), layout="constrained")
     axis = figure.subplots()
     for number, (run, values) in enumerate(scores.items()):
-        color, _, hatch = RUN_LOOKS[number % len(RUN_LOOKS)]
+        color, _, hatch = _look(number)
         places = [place + (number - (len(scores) - 1) / 2) * width for place in range(len(labels))]
-        heights = [100 * (values[label] or 0) for label in labels]
+        heights = [np.nan if values[label] is None else 100 * values[label] for label in labels]  # None: no such class
         bars = axis.bar(places, heights, 0.92 * width, label=run, color=color, hatch=hatch, edgecolor="white")
-        axis.bar_label(bars, [f"{height:.0f}" for height in heights], fontsize=7)
+        axis.bar_label(bars, ["" if np.isnan(height) else f"{height:.0f}" for height in heights], fontsize=7)
     axis.set(xticks=range(len(labels)), xticklabels=labels, ylabel="IoU, %", ylim=(0, 105))
-    _legend_below(figure, axis, len(scores))
+    _legend_below(figure, [axis])
     figure.suptitle(title, fontsize=8)
     save_figure(figure, path, pdf=True)
 
@@ -134,7 +142,7 @@ def plot_all_curves(path: Path, logs: dict[str, Sequence[dict[str, float]]], tit
     figure = Figure(figsize=(10, 4), layout="constrained")
     axes = figure.subplots(1, 2)
     for number, (run, rows) in enumerate(logs.items()):
-        color, style, _ = RUN_LOOKS[number % len(RUN_LOOKS)]
+        color, style, _ = _look(number)
         epochs = [row["epoch"] for row in rows]
         for axis, key, factor in ((axes[0], "val_loss", 1), (axes[1], "val_iou_mean", 100)):
             values = [factor * row.get(key, np.nan) for row in rows]
@@ -144,7 +152,7 @@ def plot_all_curves(path: Path, logs: dict[str, Sequence[dict[str, float]]], tit
     for axis in axes:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.25)
-    _legend_below(figure, axes[0], len(logs))
+    _legend_below(figure, axes[:1])
     figure.suptitle(title, fontsize=8)
     save_figure(figure, path, pdf=True)
 
@@ -154,11 +162,11 @@ def plot_all_robustness(path: Path, swept: dict[str, dict[str, dict[str, Any]]],
     panels = {name: entry for perturbations in swept.values() for name, entry in perturbations.items()}
     figure, axes = draw_levels(panels, title)
     for number, (run, perturbations) in enumerate(swept.items()):
-        color, style, _ = RUN_LOOKS[number % len(RUN_LOOKS)]
+        color, style, _ = _look(number)
         for axis, name in zip(axes, panels):
             if name in perturbations:
                 plot_levels(axis, perturbations[name]["dice"]["mean"], run, color, style)
-    _legend_below(figure, axes[0], len(swept))
+    _legend_below(figure, axes)
     save_figure(figure, path, pdf=True)
 
 
@@ -171,9 +179,11 @@ def plot_comparison(
     save_figure(figure, path, pdf=True)
 
 
-def _legend_below(figure: Figure, axis: Axes, entries: int) -> None:
-    handles = axis.get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=min(4, entries), frameon=False, fontsize=8)
+def _legend_below(figure: Figure, axes: Sequence[Axes]) -> None:
+    """One legend for everything in `axes`, of which not all hold every run."""
+    entries = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
+    figure.legend(entries.values(), entries, loc="outside lower center", ncols=min(4, len(entries)), frameon=False,
+                  fontsize=8)  # fmt: skip
 
 
 def plot_perturbations(

@@ -147,6 +147,9 @@ def mark_differences(runs: Sequence[Run], *, allowed: bool) -> None:
             run.mark = f"scored on other images ({len(run.images)}) than {first.name} ({len(first.images)})"
         elif run.labels != first.labels:
             run.mark = f"scored against other labels than {first.name}"
+        elif run.robustness and first.robustness and run.metrics["image_size"] != first.metrics["image_size"]:
+            sizes = f"{run.metrics['image_size']} pixels, {first.name} at {first.metrics['image_size']}"
+            run.mark = f"perturbed at {sizes}, where the same square or blur is another one"
     marked = [f"  {run.name}: {run.mark}" for run in runs if run.mark]
     if marked and not allowed:
         raise InputError(
@@ -198,8 +201,9 @@ def draw(out: Path, runs: Sequence[Run], rows: Sequence[tuple[str, Any]]) -> dic
             figures[name] = "IoU per class" + (" of the models that are prompted by a click" if prompted else "")
             plot.plot_classes(out / f"{name}.png", group, note)
     figures["curves"] = "Learning curves: loss and mean IoU on the validation images"
-    plot.plot_all_curves(out / "curves.png", {run.title: run.log for run in runs}, note)
-    swept = {run.title: run.robustness["perturbations"] for run in runs if run.robustness}
+    legend = {run.name: run.title + " (a click)" * run.prompted for run in runs}
+    plot.plot_all_curves(out / "curves.png", {legend[run.name]: run.log for run in runs}, note)
+    swept = {legend[run.name]: run.robustness["perturbations"] for run in runs if run.robustness}
     if swept:
         figures["robustness"] = "Mean Dice under the perturbations"
         plot.plot_all_robustness(out / "robustness.png", swept, note)
@@ -213,9 +217,11 @@ def draw(out: Path, runs: Sequence[Run], rows: Sequence[tuple[str, Any]]) -> dic
             mask = run.folder / "test" / "masks" / f"{record.name}.png"
             # A prompted model may have had no click on the pet; what was scored at another size is enlarged.
             classes = decode_label(load_picture(mask).resize(photo.shape[1::-1], 0)) if mask.exists() else None
+            if run.prompted and classes is not None:
+                classes = np.where(classes == 1, record.species, 0)  # 1 is what was clicked, the pet
             cells.append(np.full_like(photo, 255) if classes is None else overlay(photo, classes))
         pictures.append((caption, cells))
-    headings = ["photograph", "truth", *(f"{run.name}\n(a click)" if run.prompted else run.name for run in shown)]
+    headings = ["photograph", "truth", *(run.name + "\n(a click)" * run.prompted for run in shown)]
     figures["predictions"] = "Best, median and worst test images, by the mean over the models of their mean IoU"
     plot.plot_comparison(out / "predictions.png", pictures, headings, note)
     return figures
@@ -224,10 +230,12 @@ def draw(out: Path, runs: Sequence[Run], rows: Sequence[tuple[str, Any]]) -> dic
 def describe(run: Run) -> dict[str, Any]:
     """A run's row: its scores in percent, and what they were made with."""
     metrics, environment = run.metrics, run.metrics["environment"]
-    best = min(run.log, key=lambda row: row["val_loss"])["epoch"] if run.log else float("nan")
+    # The report had neither skips nor disks.
+    other = run.config.get("skips") or run.config.get("point_encoding") == "disk"
+    reported = ("", "", "") if other else REPORTED.get(metrics["model"], ("", "", ""))
     row: dict[str, Any] = {"run": run.title, "model": metrics["model"]}
     row |= {kind: 100 * metrics[kind]["mean"] for kind in KINDS}
-    row |= {f"report_{kind}": value for kind, value in zip(KINDS, REPORTED.get(metrics["model"], ("", "", "")))}
+    row |= {f"report_{kind}": value for kind, value in zip(KINDS, reported)}
     row |= {f"iou_{label}": value and 100 * value for label, value in metrics["iou"].items() if label != "mean"}
     return row | {
         "pixel_accuracy": 100 * metrics["pixel_accuracy"],
@@ -236,7 +244,7 @@ def describe(run: Run) -> dict[str, Any]:
         "parameters": metrics["parameters"],
         "trained_parameters": metrics["trained_parameters"],
         "images_per_second": metrics["images_per_second"],
-        "best_epoch": int(best),
+        "epoch": metrics["epoch"],
         "epochs": len(run.log),
         "seed": metrics["seed"],
         "image_size": metrics["image_size"],
@@ -246,7 +254,6 @@ def describe(run: Run) -> dict[str, Any]:
         "split": metrics["config"]["split"],
         "commit": run.config.get("environment", {}).get("commit") or "",
         "hardware": f"{environment['device']}, {environment['cpus']} CPUs",
-        "retained_dice": 100 * run.robustness["retained_mean"] if run.robustness else "",
         "note": run.mark,
     }
 
@@ -286,23 +293,28 @@ def format_report(runs: Sequence[Run], figures: dict[str, str]) -> str:
     rows = [describe(run) for run in runs]
     for row in rows:
         row["parameters"] = f"{row['parameters'] / 1e6:.2f} M ({row['trained_parameters'] / 1e6:.2f} M)"
-        row["epochs"] = f"{row['best_epoch']} of {row['epochs']}"
+        row["epochs"] = f"{row['epoch']} of {row['epochs']}"
         row["data"] = f"{row['data']}, {row['split']}: {row['images']}"
     made = _table(rows, {
         "run": "run", "model": "model", "parameters": "parameters (trained)", "images_per_second": "images/s tested",
-        "epochs": "best epoch", "seed": "seed", "image_size": "image size", "score_size": "scored at",
+        "epochs": "epoch", "seed": "seed", "image_size": "image size", "score_size": "scored at",
         "data": "data: images", "commit": "commit", "hardware": "hardware",
     })  # fmt: skip
     parts = ["# Comparison", format_scores(runs), "How they were made:\n\n" + made]
     swept = [run for run in runs if run.robustness]
     if swept:
-        names = list(dict.fromkeys(name for run in swept for name in run.robustness["perturbations"]))
-        table = [
-            {"run": run.title, "all": 100 * run.robustness["retained_last"]}
-            | {name: 100 * entry["retained_last"] for name, entry in run.robustness["perturbations"].items()}
+        left = {
+            run.title: {name: 100 * entry["retained_last"] for name, entry in run.robustness["perturbations"].items()}
             for run in swept
+        }
+        names = list(dict.fromkeys(name for values in left.values() for name in values))
+        shared = [name for name in names if all(name in values for values in left.values())]
+        table = [
+            {"run": title, **values, "all": statistics.fmean(values[name] for name in shared) if shared else None}
+            for title, values in left.items()
         ]
-        heads = {"run": "run", **{name: name.replace("_", " ") for name in names}, "all": "mean"}
+        heads = {"run": "run", **{name: name.replace("_", " ") for name in names}}
+        heads["all"] = "mean" if shared == names else f"mean of {', '.join(shared)}".replace("_", " ")
         parts.append("Mean Dice at the last level, in percent of the clean one:\n\n" + _table(table, heads))
     notes = [f"\\* {run.name}: {run.mark}." for run in runs if run.mark]
     if any(run.metrics["synthetic"] for run in runs):
@@ -322,8 +334,13 @@ def compare(ours: Sequence[Run], theirs: Sequence[Run], resamples: int = RESAMPL
 
     if marked := [run for run in (*ours, *theirs) if run.mark]:
         raise InputError(f"a paired comparison needs the same images for all: {marked[0].name} was {marked[0].mark}")
-    if ours[0].counts.shape != theirs[0].counts.shape:
-        raise InputError(f"{ours[0].name} and {theirs[0].name} have different classes")
+    for run in (*ours, *theirs):
+        if run.counts.shape != ours[0].counts.shape:
+            raise InputError(f"{ours[0].name} and {run.name} have different classes")
+    for side in (ours, theirs):
+        if len({run.metrics["model"] for run in side}) > 1:
+            names = ", ".join(f"{run.name} ({run.metrics['model']})" for run in side)
+            raise InputError(f"each side is to be one model over seeds, got {names}")
 
     def mean_iou(runs: Sequence[Run], weights: np.ndarray) -> np.ndarray:
         """(runs, resamples)"""

@@ -43,13 +43,17 @@ def sweep(answer: Callable, damage: Damage, device: torch.device, num_classes: i
     counts: dict[str, Tensor] = {}
 
     def count(batch: dict[str, Any], image: Tensor) -> Tensor:
-        answers = answer(to_device(batch | {"image": image}, device))
-        return sum(count_confusion(prediction, target, num_classes) for prediction, target in answers)
+        total = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+        for prediction, target in answer(to_device(batch | {"image": image}, device)):
+            total += count_confusion(prediction, target, num_classes)
+        return total
 
     with tqdm(total=len(loader.dataset) * passes(perturbations), desc="perturb", unit="image", leave=False) as bar:
         for batch in loader:
             image = batch["image"].to(device, non_blocking=True)
             chances = {way.name: batch[f"chance/{way.name}"].to(device) for way in perturbations if way.draw}
+            # What every pass needs goes to the device once.
+            batch = {"name": batch["name"], "label": [torch.from_numpy(label).to(device) for label in batch["label"]]}
             clean = count(batch, image)
             bar.update(len(image))
             for way in perturbations:
@@ -84,12 +88,15 @@ def study_robustness(
     seconds = time.perf_counter() - began
     perturbations, images = damage.perturbations, len(damage.loader.dataset)
     scores = {name: score_levels(table, class_names) for name, table in counts.items()}
+    truth = next(iter(counts.values()))[0, 0].sum(dim=1)
+    present = [name for name, pixels in zip(class_names, truth) if pixels]
     summary: dict[str, Any] = {
         "images": images, "draws": SEEDS, "seconds": seconds,
         "images_per_second": images * passes(perturbations) / seconds, **source,
         "perturbations": {
             way.name: {
-                "unit": way.unit, "amounts": list(way.amounts), **summarize(scores[way.name]), **scores[way.name],
+                "unit": way.unit, "amounts": list(way.amounts), **summarize(scores[way.name], present),
+                **scores[way.name],
             }
             for way in perturbations
         },
@@ -112,10 +119,14 @@ def score_levels(counts: Tensor, class_names: Sequence[str]) -> dict[str, dict[s
     }
 
 
-def summarize(scores: dict[str, Any]) -> dict[str, float]:
+def summarize(scores: dict[str, Any], class_names: Sequence[str]) -> dict[str, float]:
     """The mean Dice that is left, as a share of the clean one: at the last level, and on average over levels 1 to 9;
-    and the area under the curve of the mean Dice over the levels (trapezoids), 1 where it is 1 at every level."""
-    curve = [statistics.fmean(level) for level in scores["dice"]["mean"]]
+    and the area under the curve of the mean Dice over the levels (trapezoids), 1 where it is 1 at every level.
+
+    The mean is over `class_names`, those that the truth holds: another, once predicted, would change what is averaged.
+    """
+    levels = zip(*(scores["dice"][name] for name in class_names))
+    curve = [statistics.fmean(value for draws in level for value in draws) for level in levels]
     clean = curve[0] or float("nan")
     area = sum((one + two) / 2 for one, two in itertools.pairwise(curve)) / (len(curve) - 1)
     return {"retained_last": curve[-1] / clean, "retained_mean": statistics.fmean(curve[1:]) / clean, "area": area}

@@ -6,13 +6,14 @@ that was stopped goes on when it is started again with the same flags.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -66,12 +67,13 @@ def main() -> None:
     config = parse(Config, __doc__)
     if unknown := set(config.models or []) - set(KINDS):
         raise InputError(f"--models {' '.join(sorted(unknown))}: there are {', '.join(KINDS)}")
-    open_study(config)
+    lock = open_study(config)
     draw = ["--synthetic", str(config.synthetic)] if config.synthetic else []
     execute(["dataset/dataset_prep.py", str(config.data), *draw])
     planned = plan(config)
     announce(config, planned)
     check_clip(config, planned)
+    write_json(config.out / "config.json", to_json(config))  # now, when all that can be checked was
     execute(["dataset/exploration.py", str(config.data), "--out", str(config.out / "exploration")])
     for number, (folder, model, options) in enumerate(planned, start=1):
         print(f"--- {number} of {len(planned)}: {folder.relative_to(config.out)}", flush=True)
@@ -79,16 +81,28 @@ def main() -> None:
     results = config.results or config.out / "report"
     folders = [str(folder) for folder, _, _ in planned]
     execute(["utils/report.py", *folders, "--out", str(results), "--data", str(config.data)])
+    lock.close()
 
 
-def open_study(config: Any) -> None:
-    """Write a study's settings into its folder, `config.out`; InputError when it holds a study with others.
+def open_study(config: Any) -> IO[str]:
+    """Lock the folder of a study, `config.out`, for as long as the file that is returned, or any process that was
+    started meanwhile, is open. InputError when another process works there, or it holds a study with other settings.
 
-    How fast it runs and where the report goes may change.
+    How fast it runs, what of it is made, and where data and report are may change.
     """
+    config.out.mkdir(parents=True, exist_ok=True)
+    lock = (config.out / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(
+            f"{config.out}: this study is being made by another process, perhaps one that outlived a killed study; "
+            "wait for it, or end it"
+        ) from None
+    os.set_inheritable(lock.fileno(), True)  # a script that outlives a killed study still holds it
     kept, settings = config.out / "config.json", to_json(config)
     if kept.exists():
-        free = {"workers", "device", "results"}
+        free = {"workers", "device", "results", "data", "models", "perturb"}
         before = read_json(kept)
         changed = [name for name in settings if name not in free and before.get(name) != settings[name]]
         if changed:
@@ -97,7 +111,7 @@ def open_study(config: Any) -> None:
                 f"{config.out} holds a study with other settings, see {kept}:\n" + "\n".join(lines)
                 + "\nTake them back, or choose another --out."
             )  # fmt: skip
-    write_json(kept, settings)
+    return lock
 
 
 def plan(config: Config) -> list[tuple[Path, str, list[str]]]:
@@ -193,11 +207,16 @@ def train_and_test(model: str, folder: Path, train_flags: Sequence[str], test_fl
 def execute(command: Sequence[str]) -> None:
     """Run a script of the repository; InputError when it fails, KeyboardInterrupt when it was stopped."""
     script, *arguments = command
-    code = subprocess.run([sys.executable, str(ROOT / script), *arguments]).returncode
+    process = subprocess.Popen([sys.executable, str(ROOT / script), *arguments], close_fds=False)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        process.wait()  # it was stopped by the same Ctrl-C, and puts its files in order
+        raise
     if code == 130:
         raise KeyboardInterrupt
     if code:
-        raise InputError(f"{script} failed: mend what it says above, and start the study again with the same flags")
+        raise InputError(f"{script} failed: mend what it says above, and start the study again")
 
 
 if __name__ == "__main__":
