@@ -95,9 +95,8 @@ def test_what_cannot_work_is_said_at_the_start(monkeypatch, commands, tmp_path, 
     with pytest.raises(InputError, match=r"no CLIP weights for --clip-model .*nowhere"):
         start(monkeypatch, tmp_path, "--models", "unet", "clip", "--clip-model", tmp_path / "nowhere")
     assert not any("train.py" in command[0] for command in commands), "before hours of other work"
-    start(
-        monkeypatch, tmp_path, "--models", "unet", "clip", "--clip-model", clip_folder
-    )  # what failed left no settings
+    # What failed left no settings.
+    start(monkeypatch, tmp_path, "--models", "unet", "clip", "--clip-model", clip_folder)
     with pytest.raises(InputError, match=r"holds a study with other settings(.|\n)*--epochs was 50, is 3"):
         start(monkeypatch, tmp_path, "--models", "unet", "--clip-model", clip_folder, "--epochs", 3)
 
