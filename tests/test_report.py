@@ -1,4 +1,4 @@
-"""utils/report.py: the tables against the runs' own scores, what is refused, and the paired comparison."""
+"""utils/report.py, runs.py, comparison.py: the tables against the runs, what is refused, the paired comparison."""
 
 from __future__ import annotations
 
@@ -14,20 +14,12 @@ from PIL import Image
 
 from tests.conftest import run
 from utils import plot
+from utils.comparison import compare, format_comparison, resampled_iou
 from utils.dataset import overlay
 from utils.files import InputError
 from utils.metric import ConfusionMatrix
-from utils.report import (
-    compare,
-    draw,
-    format_comparison,
-    format_report,
-    format_scores,
-    mark_differences,
-    pick_rows,
-    read_runs,
-    resampled_iou,
-)
+from utils.report import draw, format_report, format_scores, pick_rows
+from utils.runs import mark_differences, read_runs
 
 FIGURES = ("classes", "curves", "robustness", "predictions")
 

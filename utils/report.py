@@ -12,49 +12,21 @@ import io
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from utils.comparison import compare, format_comparison
 from utils.config import run_script
-from utils.files import InputError, read_json, write_bytes, write_json
-
-if TYPE_CHECKING:  # heavy imports come after parsing, so that --help answers at once
-    import numpy as np
+from utils.files import InputError, write_bytes, write_json
+from utils.runs import Run, mark_differences, read_runs
 
 # The report's tables 1 and 2: IoU, Dice and accuracy in percent, by a protocol with flaws (see the README).
 REPORTED = {
     "unet": (36, 45, 82), "autoencoder": (23, 30, 77), "clip_seg": (55, 61, 94), "point_clip": (37, 53, 56),
 }  # fmt: skip
 KINDS = ("iou", "dice", "accuracy")
-RESAMPLES = 2000
-
-
-@dataclass
-class Run:
-    """What a tested run's folder says."""
-
-    name: str
-    folder: Path
-    config: dict[str, Any]
-    log: list[dict[str, float]]
-    metrics: dict[str, Any]
-    images: list[str]
-    labels: list[str]  # checksums
-    image_iou: list[float]
-    counts: np.ndarray  # (images, C, C), row = truth
-    robustness: dict[str, Any] | None
-    mark: str = ""  # why its scores are not comparable with the first run's
-
-    @property
-    def prompted(self) -> bool:
-        return "object" in self.metrics["iou"]
-
-    @property
-    def title(self) -> str:
-        return f"{self.name}{'*' if self.mark else ''}"
 
 
 def main() -> None:
@@ -87,75 +59,6 @@ def main() -> None:
     write_bytes(args.out / "report.md", format_report(runs, figures).encode())
     print(format_scores(runs))
     print("\n".join(str(args.out / name) for name in ("report.md", "table.csv", *(f"{f}.png" for f in figures))))
-
-
-def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Runs by their folders, named by as much of their paths as tells them apart. InputError for an untested one."""
-    stages = [folder / "segmentation" if (folder / "segmentation").is_dir() else folder for folder in folders]
-    named = [stage.parent if stage.name == "segmentation" else stage for stage in map(Path.absolute, stages)]
-    if len(set(named)) < len(named):
-        raise InputError("the same run was given twice")
-    depth = 1
-    while len({path.parts[-depth:] for path in named}) < len(named):
-        depth += 1
-    return [read_run("/".join(path.parts[-depth:]), stage) for path, stage in zip(named, stages)]
-
-
-def read_run(name: str, folder: Path) -> Run:
-    """One run. InputError when its folder has no scores, or lacks a file of them."""
-    import numpy as np
-
-    test = folder / "test"
-    for path in (folder / "config.json", folder / "log.csv", test / "metrics.json", test / "images.csv"):
-        if not path.is_file():
-            what = "is no run" if path.parent == folder else "has no scores"
-            raise InputError(f"{folder} {what}: {path} is missing. Train it, then score it with its model's test.py")
-    metrics = read_json(test / "metrics.json")
-    with (test / "images.csv").open(newline="") as file:
-        _, *rows = csv.reader(file)
-    classes = len(metrics["iou"]) - 1  # and the mean
-    with (folder / "log.csv").open(newline="") as file:
-        log = [
-            {key: float(value) if value else float("nan") for key, value in row.items()} for row in csv.DictReader(file)
-        ]
-    robustness = test / "robustness.json"
-    return Run(
-        name,
-        folder,
-        read_json(folder / "config.json"),
-        log,
-        metrics,
-        images=[row[0] for row in rows],
-        labels=[row[1] for row in rows],
-        image_iou=[float(row[2]) for row in rows],
-        counts=np.array([row[3:] for row in rows], np.int64).reshape(len(rows), classes, classes),
-        robustness=read_json(robustness) if robustness.is_file() else None,
-    )  # fmt: skip
-
-
-def mark_differences(runs: Sequence[Run], *, allowed: bool) -> None:
-    """Mark the runs whose scores were made on other images or labels, or at another size, than those of the first.
-
-    InputError, unless that is `allowed`, which says what differs.
-    """
-    first = runs[0]
-    for run in runs[1:]:
-        ours, theirs = run.metrics["score_size"], first.metrics["score_size"]
-        if ours != theirs:
-            run.mark = f"scored at size {ours}, {first.name} at {theirs}"
-        elif run.images != first.images:
-            run.mark = f"scored on other images ({len(run.images)}) than {first.name} ({len(first.images)})"
-        elif run.labels != first.labels:
-            run.mark = f"scored against other labels than {first.name}"
-        elif run.robustness and first.robustness and run.metrics["image_size"] != first.metrics["image_size"]:
-            sizes = f"{run.metrics['image_size']} pixels, {first.name} at {first.metrics['image_size']}"
-            run.mark = f"perturbed at {sizes}, where the same square or blur is another one"
-    marked = [f"  {run.name}: {run.mark}" for run in runs if run.mark]
-    if marked and not allowed:
-        raise InputError(
-            "these scores do not compare:\n" + "\n".join(marked)
-            + "\nScore the runs alike with test.py, or add --mixed to put them side by side all the same."
-        )  # fmt: skip
 
 
 def pick_rows(runs: Sequence[Run], data: Path | None) -> list[tuple[str, Any]]:
@@ -322,77 +225,6 @@ def format_report(runs: Sequence[Run], figures: dict[str, str]) -> str:
     parts += notes
     parts += [f"![{caption}]({name}.png)\n\n{caption} ([PDF]({name}.pdf))." for name, caption in figures.items()]
     return "\n\n".join(part.strip() for part in parts) + "\n"
-
-
-def compare(ours: Sequence[Run], theirs: Sequence[Run], resamples: int = RESAMPLES) -> dict[str, Any]:
-    """Is the mean IoU of `ours`, a model over seeds, better than of `theirs`? By a paired bootstrap over test images.
-
-    A resample draws the test images anew, with replacement and the same for all runs; its difference is that of the
-    mean over the runs on either side. The interval speaks of other test images, the standard deviations of other seeds.
-    """
-    import numpy as np
-
-    if marked := [run for run in (*ours, *theirs) if run.mark]:
-        raise InputError(f"a paired comparison needs the same images for all: {marked[0].name} was {marked[0].mark}")
-    for run in (*ours, *theirs):
-        if run.counts.shape != ours[0].counts.shape:
-            raise InputError(f"{ours[0].name} and {run.name} have different classes")
-    for side in (ours, theirs):
-        if len({run.metrics["model"] for run in side}) > 1:
-            names = ", ".join(f"{run.name} ({run.metrics['model']})" for run in side)
-            raise InputError(f"each side is to be one model over seeds, got {names}")
-
-    def mean_iou(runs: Sequence[Run], weights: np.ndarray) -> np.ndarray:
-        """(runs, resamples)"""
-        return np.stack([resampled_iou(run.counts, weights) for run in runs])
-
-    images = len(ours[0].images)
-    rng = np.random.default_rng(0)
-    weights = rng.multinomial(images, np.full(images, 1 / images), size=resamples)
-    difference = mean_iou(ours, weights).mean(axis=0) - mean_iou(theirs, weights).mean(axis=0)
-    everything = np.ones((1, images), np.int64)
-    scores = [mean_iou(runs, everything)[:, 0].tolist() for runs in (ours, theirs)]
-    low, high = np.quantile(difference, (0.025, 0.975)).tolist()
-    return {
-        **{
-            side: {"runs": [run.name for run in runs], "mean": statistics.fmean(values),
-                   "std": statistics.stdev(values) if len(values) > 1 else None}
-            for side, runs, values in zip(("ours", "theirs"), (ours, theirs), scores)
-        },
-        "difference": statistics.fmean(scores[0]) - statistics.fmean(scores[1]),
-        "interval_95": [low, high], "share_better": float((difference > 0).mean()),
-        "images": images, "resamples": resamples,
-    }  # fmt: skip
-
-
-def resampled_iou(counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Mean IoU (R,) of counts (N, C, C) summed with weights (R, N); classes that nothing holds are left out."""
-    import numpy as np
-
-    total = np.einsum("rn,nij->rij", weights, counts, optimize=True)
-    hit = np.einsum("rii->ri", total)
-    union = total.sum(axis=1) + total.sum(axis=2) - hit
-    return np.nanmean(np.where(union > 0, hit / np.maximum(union, 1), np.nan), axis=1)
-
-
-def format_comparison(verdict: dict[str, Any]) -> str:
-    """A comparison in words and numbers, as Markdown."""
-    rows = []
-    for side in ("ours", "theirs"):
-        entry = verdict[side]
-        std = "" if entry["std"] is None else f" ± {100 * entry['std']:.1f}"
-        rows.append(
-            {"runs": ", ".join(entry["runs"]), "n": len(entry["runs"]), "iou": f"{100 * entry['mean']:.1f}{std}"}
-        )
-    low, high = verdict["interval_95"]
-    answer = "better" if low > 0 else "worse" if high < 0 else "not told apart"
-    return (
-        _table(rows, {"runs": "runs", "n": "seeds", "iou": "mIoU, mean ± standard deviation"})
-        + f"\nDifference {100 * verdict['difference']:+.1f} points, 95 % interval {100 * low:+.1f} to "
-        f"{100 * high:+.1f} (paired bootstrap over {verdict['images']} test images, {verdict['resamples']} resamples), "
-        f"above zero in {100 * verdict['share_better']:.1f} % of them: {answer}. The interval speaks of other test "
-        "images, the standard deviations of other seeds.\n"
-    )
 
 
 def _table(rows: Sequence[dict[str, Any]], heads: dict[str, str]) -> str:

@@ -1,0 +1,83 @@
+"""Is model A better than model B? A paired bootstrap over test images (Efron and Tibshirani 1993)."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from utils.files import InputError
+from utils.runs import Run
+
+if TYPE_CHECKING:
+    import numpy as np
+
+RESAMPLES = 2000
+
+
+def compare(ours: Sequence[Run], theirs: Sequence[Run], resamples: int = RESAMPLES) -> dict[str, Any]:
+    """Is the mean IoU of `ours`, a model over seeds, better than of `theirs`? By a paired bootstrap over test images.
+
+    A resample draws the test images anew, with replacement and the same for all runs; its difference is that of the
+    mean over the runs on either side. The interval speaks of other test images, the standard deviations of other seeds.
+    """
+    import numpy as np
+
+    if marked := [run for run in (*ours, *theirs) if run.mark]:
+        raise InputError(f"a paired comparison needs the same images for all: {marked[0].name} was {marked[0].mark}")
+    for run in (*ours, *theirs):
+        if run.counts.shape != ours[0].counts.shape:
+            raise InputError(f"{ours[0].name} and {run.name} have different classes")
+    for side in (ours, theirs):
+        if len({run.metrics["model"] for run in side}) > 1:
+            names = ", ".join(f"{run.name} ({run.metrics['model']})" for run in side)
+            raise InputError(f"each side is to be one model over seeds, got {names}")
+
+    def mean_iou(runs: Sequence[Run], weights: np.ndarray) -> np.ndarray:
+        """(runs, resamples)"""
+        return np.stack([resampled_iou(run.counts, weights) for run in runs])
+
+    images = len(ours[0].images)
+    rng = np.random.default_rng(0)
+    weights = rng.multinomial(images, np.full(images, 1 / images), size=resamples)
+    difference = mean_iou(ours, weights).mean(axis=0) - mean_iou(theirs, weights).mean(axis=0)
+    everything = np.ones((1, images), np.int64)
+    scores = [mean_iou(runs, everything)[:, 0].tolist() for runs in (ours, theirs)]
+    low, high = np.quantile(difference, (0.025, 0.975)).tolist()
+    return {
+        **{
+            side: {"runs": [run.name for run in runs], "mean": statistics.fmean(values),
+                   "std": statistics.stdev(values) if len(values) > 1 else None}
+            for side, runs, values in zip(("ours", "theirs"), (ours, theirs), scores)
+        },
+        "difference": statistics.fmean(scores[0]) - statistics.fmean(scores[1]),
+        "interval_95": [low, high], "share_better": float((difference > 0).mean()),
+        "images": images, "resamples": resamples,
+    }  # fmt: skip
+
+
+def resampled_iou(counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Mean IoU (R,) of counts (N, C, C) summed with weights (R, N); classes that nothing holds are left out."""
+    import numpy as np
+
+    total = np.einsum("rn,nij->rij", weights, counts, optimize=True)
+    hit = np.einsum("rii->ri", total)
+    union = total.sum(axis=1) + total.sum(axis=2) - hit
+    return np.nanmean(np.where(union > 0, hit / np.maximum(union, 1), np.nan), axis=1)
+
+
+def format_comparison(verdict: dict[str, Any]) -> str:
+    """A comparison in words and numbers, as Markdown."""
+    lines = []
+    for side in ("ours", "theirs"):
+        entry = verdict[side]
+        std = "" if entry["std"] is None else f" ± {100 * entry['std']:.1f} (standard deviation over runs)"
+        lines.append(f"- {', '.join(entry['runs'])}: mIoU {100 * entry['mean']:.1f}{std}\n")
+    low, high = verdict["interval_95"]
+    answer = "better" if low > 0 else "worse" if high < 0 else "not told apart"
+    return (
+        "".join(lines) + f"\nDifference {100 * verdict['difference']:+.1f} points, 95 % interval {100 * low:+.1f} to "
+        f"{100 * high:+.1f} (paired bootstrap over {verdict['images']} test images, {verdict['resamples']} resamples), "
+        f"above zero in {100 * verdict['share_better']:.1f} % of them: {answer}. The interval speaks of other test "
+        "images, the standard deviations of other seeds.\n"
+    )
