@@ -348,7 +348,7 @@ def plot_confusion(path: Path, counts: np.ndarray, class_names: Sequence[str], t
         xlabel="predicted class",
         ylabel="true class",
     )
-    axis.set_title(title, fontsize=9)
+    figure.suptitle(title, fontsize=8)
     figure.colorbar(image, ax=axis, label="share of the true class", shrink=0.8)
     save_figure(figure, path)
 
