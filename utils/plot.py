@@ -119,14 +119,14 @@ def _look(number: int) -> tuple[str, Any, str]:
     return color, dashes, hatch
 
 
-def plot_classes(path: Path, scores: dict[str, dict[str, float | None]], title: str) -> None:
-    """A group of bars per class and for the mean, a bar per run: the IoU."""
+def plot_classes(path: Path, scores: dict[str, dict[str, float | None]], order: Sequence[str], title: str) -> None:
+    """A group of bars per class and for the mean, a bar per run: the IoU. `order`: all runs, for the same looks."""
     labels = list(next(iter(scores.values())))
     width = 0.8 / len(scores)
     figure = Figure(figsize=(2 + 0.45 * len(labels) * (len(scores) + 1), 3.8), layout="constrained")
     axis = figure.subplots()
     for number, (run, values) in enumerate(scores.items()):
-        color, _, hatch = _look(number)
+        color, _, hatch = _look(order.index(run))
         places = [place + (number - (len(scores) - 1) / 2) * width for place in range(len(labels))]
         heights = [np.nan if values[label] is None else 100 * values[label] for label in labels]  # None: no such class
         bars = axis.bar(places, heights, 0.92 * width, label=run, color=color, hatch=hatch, edgecolor="white")
@@ -137,12 +137,12 @@ def plot_classes(path: Path, scores: dict[str, dict[str, float | None]], title: 
     save_figure(figure, path, pdf=True)
 
 
-def plot_all_curves(path: Path, logs: dict[str, Sequence[dict[str, float]]], title: str) -> None:
+def plot_all_curves(path: Path, logs: dict[str, Sequence[dict[str, float]]], order: Sequence[str], title: str) -> None:
     """Loss and mean IoU on the validation images over the epochs, a line per run."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     axes = figure.subplots(1, 2)
-    for number, (run, rows) in enumerate(logs.items()):
-        color, style, _ = _look(number)
+    for run, rows in logs.items():
+        color, style, _ = _look(order.index(run))
         epochs = [row["epoch"] for row in rows]
         for axis, key, factor in ((axes[0], "val_loss", 1), (axes[1], "val_iou_mean", 100)):
             values = [factor * row.get(key, np.nan) for row in rows]
@@ -157,12 +157,14 @@ def plot_all_curves(path: Path, logs: dict[str, Sequence[dict[str, float]]], tit
     save_figure(figure, path, pdf=True)
 
 
-def plot_all_robustness(path: Path, swept: dict[str, dict[str, dict[str, Any]]], title: str) -> None:
+def plot_all_robustness(
+    path: Path, swept: dict[str, dict[str, dict[str, Any]]], order: Sequence[str], title: str
+) -> None:
     """A panel per perturbation, in it the mean Dice of each run over the levels."""
     panels = {name: entry for perturbations in swept.values() for name, entry in perturbations.items()}
     figure, axes = draw_levels(panels, title)
-    for number, (run, perturbations) in enumerate(swept.items()):
-        color, style, _ = _look(number)
+    for run, perturbations in swept.items():
+        color, style, _ = _look(order.index(run))
         for axis, name in zip(axes, panels):
             if name in perturbations:
                 plot_levels(axis, perturbations[name]["dice"]["mean"], run, color, style)

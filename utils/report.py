@@ -97,19 +97,20 @@ def draw(out: Path, runs: Sequence[Run], rows: Sequence[tuple[str, Any]]) -> dic
     notes = [SYNTHETIC_NOTE] if any(run.metrics["synthetic"] for run in runs) else []
     notes += [f"* {run.name}: {run.mark}" for run in runs if run.mark]
     note = "; ".join(notes)
+    legend = {run.name: run.title + " (a click)" * run.prompted for run in runs}
+    order = list(legend.values())  # a run has the same look in every figure
     figures = {}
     for prompted, name in ((False, "classes"), (True, "classes-prompted")):
-        group = {run.title: run.metrics["iou"] for run in runs if run.prompted == prompted}
+        group = {legend[run.name]: run.metrics["iou"] for run in runs if run.prompted == prompted}
         if group:
             figures[name] = "IoU per class" + (" of the models that are prompted by a click" if prompted else "")
-            plot.plot_classes(out / f"{name}.png", group, note)
+            plot.plot_classes(out / f"{name}.png", group, order, note)
     figures["curves"] = "Learning curves: loss and mean IoU on the validation images"
-    legend = {run.name: run.title + " (a click)" * run.prompted for run in runs}
-    plot.plot_all_curves(out / "curves.png", {legend[run.name]: run.log for run in runs}, note)
+    plot.plot_all_curves(out / "curves.png", {legend[run.name]: run.log for run in runs}, order, note)
     swept = {legend[run.name]: run.robustness["perturbations"] for run in runs if run.robustness}
     if swept:
         figures["robustness"] = "Mean Dice under the perturbations"
-        plot.plot_all_robustness(out / "robustness.png", swept, note)
+        plot.plot_all_robustness(out / "robustness.png", swept, order, note)
 
     shown = [run for run in runs if not run.mark]
     pictures = []
