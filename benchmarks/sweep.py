@@ -30,9 +30,9 @@ def bench_sweep(base: Path, repeats: int) -> dict:
     config = TestConfig(data=base, limit=count, perturb=[], batch_size=min(32, count))
     model = UNet(base_channels=channels).to(device, memory_format=torch.channels_last).eval()
     path = base / "unet.pt"
-    save_checkpoint(
-        path, {"model_name": "unet", "model": model.state_dict(), "model_args": {"base_channels": channels}}
-    )
+    arguments = {"base_channels": channels}
+    checkpoint = {"model_name": "unet", "model": model.state_dict(), "model_args": arguments, "config": {}}
+    save_checkpoint(path, checkpoint)
     damage = make_damage(config, 256)
     ways, total = list(PERTURBATIONS.values()), passes(list(PERTURBATIONS.values()))
     batches = [to_device(batch, device) for batch in make_test_loader(config, 256)]
