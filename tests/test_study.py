@@ -104,6 +104,7 @@ def test_what_cannot_work_is_said_at_the_start(monkeypatch, commands, tmp_path, 
 def test_two_do_not_work_on_one_study(monkeypatch, commands, tmp_path):
     """Not even when the first was killed and a script of it lives on: it has the lock."""
     first = study.open_study(study.Config(out=tmp_path))
+    monkeypatch.setattr(study, "LOCK_SECONDS", 0)
     with pytest.raises(InputError, match="this study is being made by another process"):
         start(monkeypatch, tmp_path, "--models", "unet")
     assert os.get_inheritable(first.fileno())

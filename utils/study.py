@@ -10,6 +10,7 @@ import fcntl
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,9 @@ STARTS_FROM: dict[str, dict[str, tuple[str, str]]] = {
     "point-heatmap": {"--clip-seg": ("clip", "best.pt")},
     "point-disk": {"--clip-seg": ("clip-skips", "best.pt")},
 }
+
+
+LOCK_SECONDS = 10  # a process that was killed takes a moment to let its files go
 
 
 @dataclass
@@ -92,13 +96,18 @@ def open_study(config: Any) -> IO[str]:
     """
     config.out.mkdir(parents=True, exist_ok=True)
     lock = (config.out / ".lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(
-            f"{config.out}: this study is being made by another process, perhaps one that outlived a killed study; "
-            "wait for it, or end it"
-        ) from None
+    patience = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() >= patience:
+                raise InputError(
+                    f"{config.out}: this study is being made by another process, perhaps one that outlived a killed "
+                    "study; wait for it, or end it"
+                ) from None
+            time.sleep(0.1)
     os.set_inheritable(lock.fileno(), True)  # a script that outlives a killed study still holds it
     kept, settings = config.out / "config.json", to_json(config)
     if kept.exists():
