@@ -97,8 +97,12 @@ def test_preparation_agrees_with_clips_own_where_both_resize_the_same_way(clip_f
     )
     processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)
     theirs = processor(list(images), return_tensors="pt")["pixel_values"]
-    ours = encoder.normalize(encoder.prepare(images / 255))
-    torch.testing.assert_close(ours, theirs, atol=1.5 / 255 / 0.26, rtol=0)
+    for gradients in (False, True):  # resized as bytes, and as floats
+        floats = (images / 255).requires_grad_(gradients)
+        ours = encoder.normalize(encoder.prepare(floats))
+        torch.testing.assert_close(ours.detach(), theirs, atol=1.5 / 255 / 0.26, rtol=0)
+    ours.sum().backward()
+    assert floats.grad.abs().min() > 0
 
 
 def test_a_frozen_encoder_is_left_out_of_the_checkpoint_and_found_again(clip_folder, tmp_path):
