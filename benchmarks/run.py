@@ -147,6 +147,7 @@ def bench_train_step(repeats: int) -> dict:
 
         class batch_sampler:
             samples = count * steps
+            sizes = (count,) * steps
 
             @staticmethod
             def set_epoch(epoch: int) -> None: ...
@@ -160,7 +161,7 @@ def bench_train_step(repeats: int) -> dict:
 
     accelerator = Accelerator(cpu=device.type == "cpu")
     model = UNet(base_channels=channels).to(device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-6)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-6, fused=True)
     wrapped, prepared = accelerator.prepare(model, optimizer)
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 

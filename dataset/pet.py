@@ -247,6 +247,12 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         whole, rest = divmod(self.samples, self.batch_size * self.world)
         return max(whole + (rest >= self.world), int(self.rank < self.samples))
 
+    @property
+    def sizes(self) -> list[int]:
+        """Samples of each batch, those of all processes together."""
+        whole = [self.batch_size * self.world] * (len(self) - 1)
+        return [*whole, self.samples - sum(whole)] if len(self) else []
+
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = np.arange(self.samples)
         if self.shuffle:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 import os
@@ -11,8 +12,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -271,6 +274,95 @@ def test_two_processes_train_one_model(prepared, tmp_path):
     assert result.returncode == 0, result.stderr
     assert len(list(csv.DictReader((tmp_path / "run/log.csv").open()))) == 2
     assert load_checkpoint(tmp_path / "run/last.pt", "unet")["epoch"] == 2
+
+
+WITHOUT_BATCH_NORM = """
+import sys
+from pathlib import Path
+
+sys.path.insert(0, sys.argv[1])
+from torch import nn
+
+from dataset.pet import make_train_loaders
+from utils.config import TrainConfig, parse
+from utils.loss import SegmentationLoss
+from utils.train import StepOutput, fit, make_accelerator
+
+config = parse(TrainConfig, "", sys.argv[2:])
+accelerator = make_accelerator(config)
+shard = {"rank": accelerator.process_index, "world": accelerator.num_processes}
+train_loader, val_loader, split = make_train_loaders(config, **shard)
+model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 3, 1))
+criterion = SegmentationLoss(config.loss, config.boundary)  # every pixel counts, so that the mean of means is the mean
+
+
+def step(model, batch):
+    logits = model(batch["image"])
+    return StepOutput(criterion(logits, batch["mask"]), logits, batch["mask"])
+
+
+fit(model, step, train_loader, val_loader, config,
+    accelerator=accelerator, model_name="unet", model_args={}, split=split)
+"""
+
+
+@pytest.fixture(scope="module")
+def one_process(prepared, tmp_path_factory) -> Callable[..., Path]:
+    """Trains a network without batch norm, with 10 images a step and a rest of 2; returns the run folder."""
+    folder = tmp_path_factory.mktemp("without-batch-norm")
+    (folder / "train.py").write_text(WITHOUT_BATCH_NORM)
+
+    def start(name: str, batch_size: int, *flags: object, processes: int = 1) -> Path:
+        result = run(
+            "torch.distributed.run", "--nproc-per-node", processes, folder / "train.py", ROOT,
+            "--data", prepared, "--out", folder / name, "--batch-size", batch_size, "--epochs", 2, "--lr", 1e-2,
+            "--val-fraction", 0.25, "--image-size", 32, "--workers", 0, "--device", "cpu", *flags, module=True,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        return folder / name
+
+    return start
+
+
+def test_however_a_batch_is_cut_the_losses_are_those_of_the_whole(one_process):
+    def losses(out: Path) -> list[list[float]]:
+        rows = csv.DictReader((out / "log.csv").open())
+        return [[float(row["train_loss"]), float(row["val_loss"])] for row in rows]
+
+    whole = losses(one_process("whole", 10))
+    assert whole[1][0] < whole[0][0]
+    for out in (
+        one_process("two-processes", 5, processes=2),
+        one_process("accumulated", 5, "--accumulate", 2),
+        one_process("both", 3, "--accumulate", 2, processes=2),  # 12 images in one step
+    ):
+        same = out.name != "both"
+        assert (np.abs(np.subtract(losses(out), whole)).max() < 1e-5) == same, (out, losses(out), whole)
+
+
+def test_a_cosine_schedule_also_when_resumed(prepared, tmp_path):
+    settings = {"schedule": "cosine", "patience": 0, "lr": 1e-2}
+    straight = train(prepared, tmp_path / "straight", epochs=4, **settings)
+    assert [row["lr"] for row in straight["log"]] == pytest.approx([1e-2, 0.853553e-2, 0.5e-2, 0.146447e-2], rel=1e-5)
+    stopped, calls = tmp_path / "stopped", itertools.count(1)
+
+    def stop_in_third_epoch(model, batch):
+        if next(calls) > 8:  # an epoch is three batches and one to validate
+            raise KeyboardInterrupt
+        return segmentation_step(model, batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(prepared, stopped, epochs=4, step=stop_in_third_epoch, **settings)
+    assert load_checkpoint(stopped / "last.pt", "unet")["epoch"] == 2
+    assert_same_weights(straight, train(prepared, stopped, epochs=4, resume=True, **settings))
+
+
+def test_compile_without_a_compiler(prepared, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    result = run("unet/train.py", "--data", prepared, "--out", tmp_path / "out", "--compile", *TINY)
+    assert result.returncode == 1 and "install g++" in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "out/config.json").exists()
 
 
 def test_a_machine_without_git(tmp_path, monkeypatch):

@@ -117,13 +117,14 @@ def validate(
     """
     model.eval()
     confusion = ConfusionMatrix(class_names)
-    totals = torch.zeros(2, dtype=torch.float64)  # loss, images
+    # Loss and images, summed on the device: asking it for a number makes it wait. (Apple's has no float64.)
+    totals = torch.zeros(2, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
     for batch in loader:
         batch = to_device(batch, device)
         output = step(model, batch)
         images = len(batch["image"])
-        totals += torch.tensor([output.loss.item() * images, images])
+        totals += torch.stack([output.loss, torch.ones_like(output.loss)]) * images
         if output.logits is not None:
             confusion.update(predict(output.logits), output.target)
-    loss, images = reduce(totals.float() if device.type == "mps" else totals.to(device)).tolist()
+    loss, images = reduce(totals).tolist()
     return loss / images, ConfusionMatrix(class_names, reduce(confusion.counts.to(device)).cpu())

@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -145,10 +146,11 @@ def fit(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=config.lr,
         weight_decay=config.weight_decay,
+        fused=True,
     )
     stopping = EarlyStopping(config.patience, config.min_delta)
     # Compiled and distributed wrappers share the parameters of `model`, whose plain names go into the checkpoint.
-    wrapped, optimizer = accelerator.prepare(torch.compile(model) if config.compile else model, optimizer)
+    wrapped, optimizer = accelerator.prepare(compiled(model) if config.compile else model, optimizer)
 
     start, rows, best_loss = 0, [], math.inf
     resumed = open_run(config, split, model_name, model_args) if config.resume else None
@@ -196,6 +198,8 @@ def fit(
         for epoch in range(start + 1, config.epochs + 1):
             if stopping.should_stop:
                 break
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, epoch)
             began = time.perf_counter()
             train_loss, images = train_epoch(wrapped, step, train_loader, optimizer, accelerator, epoch, config)
             seconds = time.perf_counter() - began
@@ -254,6 +258,25 @@ def fit(
     accelerator.wait_for_everyone()  # a next stage reads what the main process wrote
 
 
+def learning_rate(config: TrainConfig, epoch: int) -> float:
+    """The learning rate of an epoch, counted from 1."""
+    if config.schedule == "constant":
+        return config.lr
+    return config.lr * (1 + math.cos(math.pi * (epoch - 1) / config.epochs)) / 2  # Loshchilov and Hutter 2017
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    """`model`, compiled when it is first used, with the same parameters. InputError where nothing can be compiled."""
+    try:
+        torch.compile(torch.sin)(torch.zeros(1, device=next(model.parameters()).device))
+    except Exception as error:  # the compiler's back ends fail in ways of their own
+        raise InputError(
+            "--compile: nothing can be compiled here. On a CPU it takes a C++ compiler (apt-get install g++), on a GPU "
+            f"Triton. Or leave --compile out. The error was: {str(error).strip().splitlines()[0]}"
+        ) from error
+    return torch.compile(model)
+
+
 def train_epoch(
     model: nn.Module,
     step: Step,
@@ -263,9 +286,14 @@ def train_epoch(
     epoch: int,
     config: TrainConfig,
 ) -> tuple[float, int]:
-    """One pass over `loader`; returns the mean loss per image and the number of images, over all processes."""
+    """One pass over `loader`; returns the mean loss per image and the number of images, over all processes.
+
+    The gradient of a step is that of the mean over all its images, however they are cut into `config.accumulate`
+    batches and processes.
+    """
     model.train()
     loader.batch_sampler.set_epoch(epoch)
+    sizes = loader.batch_sampler.sizes  # of all processes together, which know them without asking each other
     loss_sum, images = torch.zeros((), device=accelerator.device), 0
     with tqdm(
         total=loader.batch_sampler.samples,
@@ -274,13 +302,20 @@ def train_epoch(
         leave=False,
         disable=not accelerator.is_main_process,
     ) as bar:
-        for batch in loader:
+        for number, batch in enumerate(loader):
             batch = to_device(batch, accelerator.device)
-            optimizer.zero_grad()
-            output = step(model, batch)
-            accelerator.backward(output.loss)
-            optimizer.step()
             size = len(batch["image"])
+            first = number - number % config.accumulate
+            together = sizes[first : first + config.accumulate]  # the batches of this step
+            ends = number + 1 == first + len(together)
+            if number == first:
+                optimizer.zero_grad()
+            with nullcontext() if ends else accelerator.no_sync(model):
+                output = step(model, batch)
+                # Processes' gradients are averaged: each has to count as often as there are processes.
+                accelerator.backward(output.loss * (size * accelerator.num_processes / sum(together)))
+            if ends:
+                optimizer.step()
             loss_sum += output.loss.detach() * size
             images += size
             # The bar redraws ten times a second at most; only then is the device asked for a value, which waits for it.
