@@ -307,8 +307,8 @@ fit(model, step, train_loader, val_loader, config,
 
 
 @pytest.fixture(scope="module")
-def one_process(prepared, tmp_path_factory) -> Callable[..., Path]:
-    """Trains a network without batch norm, with 10 images a step and a rest of 2; returns the run folder."""
+def train_without_batch_norm(prepared, tmp_path_factory) -> Callable[..., Path]:
+    """Trains a network without batch norm on 12 images, alone or in several processes; returns the run folder."""
     folder = tmp_path_factory.mktemp("without-batch-norm")
     (folder / "train.py").write_text(WITHOUT_BATCH_NORM)
 
@@ -324,17 +324,17 @@ def one_process(prepared, tmp_path_factory) -> Callable[..., Path]:
     return start
 
 
-def test_however_a_batch_is_cut_the_losses_are_those_of_the_whole(one_process):
+def test_however_a_batch_is_cut_the_losses_are_those_of_the_whole(train_without_batch_norm):
     def losses(out: Path) -> list[list[float]]:
         rows = csv.DictReader((out / "log.csv").open())
         return [[float(row["train_loss"]), float(row["val_loss"])] for row in rows]
 
-    whole = losses(one_process("whole", 10))
+    whole = losses(train_without_batch_norm("whole", 10))
     assert whole[1][0] < whole[0][0]
     for out in (
-        one_process("two-processes", 5, processes=2),
-        one_process("accumulated", 5, "--accumulate", 2),
-        one_process("both", 3, "--accumulate", 2, processes=2),  # 12 images in one step
+        train_without_batch_norm("two-processes", 5, processes=2),
+        train_without_batch_norm("accumulated", 5, "--accumulate", 2),
+        train_without_batch_norm("both", 3, "--accumulate", 2, processes=2),  # 12 images in one step
     ):
         same = out.name != "both"
         assert (np.abs(np.subtract(losses(out), whole)).max() < 1e-5) == same, (out, losses(out), whole)

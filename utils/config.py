@@ -48,11 +48,11 @@ class TrainConfig:
     data: Path = flag(Path("Dataset"), "folder that dataset/dataset_prep.py prepared")
     out: Path = flag(Path("runs/model"), "folder of this run")
     epochs: int = flag(50, "most passes over the training images", low=1)
-    batch_size: int = flag(64, "images per step and process", low=1)
+    batch_size: int = flag(64, "images per batch and process", low=1)
     accumulate: int = flag(1, "batches whose gradients make one step of the optimizer: less memory", low=1)
     lr: float = flag(1e-4, "learning rate of Adam", low=0)
     schedule: Literal["constant", "cosine"] = flag(
-        "constant", "of the learning rate: cosine falls to zero over --epochs"
+        "constant", "how the learning rate goes: constant, or by a cosine towards zero over --epochs"
     )
     weight_decay: float = flag(0.0, "weight decay of Adam", low=0)
     image_size: int = flag(256, "edge in pixels of the square that images are resized to", low=32)

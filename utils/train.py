@@ -150,7 +150,7 @@ def fit(
     )
     stopping = EarlyStopping(config.patience, config.min_delta)
     # Compiled and distributed wrappers share the parameters of `model`, whose plain names go into the checkpoint.
-    wrapped, optimizer = accelerator.prepare(compiled(model) if config.compile else model, optimizer)
+    wrapped, optimizer = accelerator.prepare(compiled(model, device) if config.compile else model, optimizer)
 
     start, rows, best_loss = 0, [], math.inf
     resumed = open_run(config, split, model_name, model_args) if config.resume else None
@@ -265,10 +265,11 @@ def learning_rate(config: TrainConfig, epoch: int) -> float:
     return config.lr * (1 + math.cos(math.pi * (epoch - 1) / config.epochs)) / 2  # Loshchilov and Hutter 2017
 
 
-def compiled(model: nn.Module) -> nn.Module:
-    """`model`, compiled when it is first used, with the same parameters. InputError where nothing can be compiled."""
+def compiled(model: nn.Module, device: torch.device) -> nn.Module:
+    """`model`, compiled when it is first used, with the same parameters. InputError where nothing can be compiled for
+    `device`, which a model that is still on the CPU does not tell."""
     try:
-        torch.compile(torch.sin)(torch.zeros(1, device=next(model.parameters()).device))
+        torch.compile(torch.sin)(torch.zeros(1, device=device))
     except Exception as error:  # the compiler's back ends fail in ways of their own
         raise InputError(
             "--compile: nothing can be compiled here. On a CPU it takes a C++ compiler (apt-get install g++), on a GPU "
