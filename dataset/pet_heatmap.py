@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 import torch
 from PIL import Image
@@ -21,6 +22,8 @@ from utils.dataset_prep import prompt_pictures, random_pixel
 from utils.files import InputError, atomic_path
 
 log = logging.getLogger(__name__)
+
+MARGIN = 1 / 16  # how far from the other side a click is near the outline, as a share of the image's edge
 
 
 class Click(NamedTuple):
@@ -93,9 +96,10 @@ class PetHeatmapDataset(PetDataset):
     """A PetDataset whose items also hold clicks: `point` (K, 2), x and y in pixels of the item's image, `on_pet` (K,).
 
     With `transform` (training) two clicks are drawn from the augmented mask, on the pet and beside it, so that every
-    image teaches that the click matters. In half of these items either click is also the one to `avoid` (K, 2) for the
-    other; elsewhere that is NaN. Without (validation) a sample is a photograph with one of its fixed points. The
-    heatmaps are drawn by the model.
+    image teaches that the click matters; each with even chance near the outline, where it is hardest to tell them apart
+    (as Xu et al. 2016 draw clicks around an object). In half of these items either click is also the one to `avoid`
+    (K, 2) for the other; elsewhere that is NaN. Without (validation) a sample is a photograph with one of its fixed
+    points. The heatmaps are drawn by the model.
     """
 
     def __init__(self, records: Sequence[Record], size: int, **options: Any):
@@ -124,7 +128,10 @@ class PetHeatmapDataset(PetDataset):
             if not kinds:
                 raise InputError(f"{self.records[self.indices[sample]].label} holds neither pet nor background")
             # Where there is no such thing as a click of the other kind, two of the same.
-            clicks = [Click(*random_pixel(sides[on_pet], rng), on_pet) for on_pet in (kinds[0], kinds[-1])]
+            clicks = [
+                Click(*random_pixel(sides[on_pet] if rng.integers(2) else near(sides, on_pet), rng), on_pet)
+                for on_pet in (kinds[0], kinds[-1])
+            ]
             avoided = len(kinds) == 2 and bool(rng.integers(2))
         points = torch.tensor([[click.x, click.y] for click in clicks], dtype=torch.float32)
         return item | {
@@ -132,6 +139,14 @@ class PetHeatmapDataset(PetDataset):
             "avoid": points.flip(0) if avoided else torch.full_like(points, math.nan),
             "on_pet": torch.tensor([click.on_pet for click in clicks]),
         }
+
+
+def near(sides: dict[bool, np.ndarray], on_pet: bool) -> np.ndarray:
+    """The pixels (H, W) of one side that are near the other, or the whole side where none is."""
+    side = sides[on_pet]
+    edge = 2 * max(1, round(MARGIN * max(side.shape))) + 1
+    found = side & (cv2.dilate(sides[not on_pet].astype(np.uint8), np.ones((edge, edge), np.uint8)) > 0)
+    return found if found.any() else side
 
 
 def save_prompts(base_dir: Path, split: str) -> int:

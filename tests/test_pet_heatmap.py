@@ -14,7 +14,7 @@ from PIL import Image
 
 from dataset.augmentation import train_transform
 from dataset.pet import find_records
-from dataset.pet_heatmap import PetHeatmapDataset, read_points, save_prompts, under_click
+from dataset.pet_heatmap import PetHeatmapDataset, near, read_points, save_prompts, under_click
 from tests.conftest import run
 from utils.dataset import CLASSES, IGNORE, pet_pixels, rescale_point
 from utils.dataset_prep import draw_points, gaussian_heatmaps, point_mask, random_pixel
@@ -84,6 +84,16 @@ def test_drawn_clicks_lie_in_their_class_after_augmentation(prepared):
     assert len(points) > 0.9 * len(kinds), "drawn anew in every epoch"
     again = train_set(prepared)[(3, 5)]
     assert all(torch.equal(again[key], dataset[(3, 5)][key]) for key in ("image", "mask", "point", "on_pet"))
+
+
+def test_what_is_near_the_outline():
+    pet, background = np.zeros((64, 64), bool), np.zeros((64, 64), bool)
+    pet[:, 40:], background[:, :38] = True, True  # a boundary two pixels wide between them
+    sides = {True: pet, False: background}
+    assert np.flatnonzero(near(sides, True).any(axis=0)).tolist() == [40, 41]
+    assert np.flatnonzero(near(sides, False).any(axis=0)).tolist() == [36, 37]
+    background[:, 8:] = False  # none is near
+    assert near(sides, False) is background and near(sides, True) is pet
 
 
 def test_the_click_does_not_change_the_augmentation(prepared):
