@@ -22,6 +22,7 @@ from utils.evaluation import pick_examples
 from utils.files import write_json
 from utils.helper import to_device
 from utils.plot import plot_pictures
+from utils.processes import add_up, gather_samples, rank
 
 
 def psnr(prediction: Tensor, target: Tensor) -> Tensor:
@@ -89,30 +90,32 @@ def score_reconstruction(
     themselves: about the best that one picture for all can do.
     """
     total = sum(batch["image"].sum(dim=0, dtype=torch.int64) for batch in loader)
-    mean_image = (total / (255 * len(loader.dataset))).to(device)
-    values: dict[str, list[Tensor]] = {}
-    for batch in tqdm(loader, desc="reconstruct", leave=False):
+    mean_image = add_up(total.to(device)) / (255 * len(loader.dataset))
+    values: dict[str, list[list[float]]] = {}
+    for batch in tqdm(loader, desc="reconstruct", leave=False, disable=rank() != 0):
         image = to_device(batch, device)["image"]
         predictions = {"autoencoder": model(image), **trivial_reconstructions(image, mean_image, factor)}
         for name, prediction in predictions.items():
             scores = torch.stack([psnr(prediction, image), ssim(prediction, image)], dim=1)
-            values.setdefault(name, []).append(scores.cpu())
-    scores = {name: torch.cat(parts) for name, parts in values.items()}  # (N, 2)
+            values.setdefault(name, []).extend(scores.tolist())
+    scores = {name: torch.tensor(gather_samples(loader, pairs)) for name, pairs in values.items()}  # (N, 2)
 
+    means = {name: dict(zip(("psnr", "ssim"), part.mean(dim=0).tolist())) for name, part in scores.items()}
+    metrics = {"images": len(loader.dataset), "size": list(mean_image.shape[-2:]), "mean": means, **details}
+    if rank() != 0:
+        return metrics
+    write_json(out / "reconstruction.json", metrics)
     rows = []
     own = scores["autoencoder"][:, 0].tolist()
-    for rank, index in pick_examples(own):
+    for place, index in pick_examples(own):
         batch = to_device({"image": loader.dataset[index]["image"][None]}, device)
         triple = [batch["image"], model(batch["image"])]
         triple.append(list(trivial_reconstructions(batch["image"], mean_image, factor).values())[-1])
         name = loader.dataset.records[index].name
-        rows.append((f"{rank}: {name}\n{own[index]:.1f} dB", [as_pixels(picture[0]) for picture in triple]))
+        rows.append((f"{place}: {name}\n{own[index]:.1f} dB", [as_pixels(picture[0]) for picture in triple]))
     headings = ("photograph", "reconstruction", f"{list(scores)[-1]} and back")
     plot_pictures(out / "reconstructions.png", rows, headings)
 
-    means = {name: dict(zip(("psnr", "ssim"), part.mean(dim=0).tolist())) for name, part in scores.items()}
-    metrics = {"images": len(own), "size": list(mean_image.shape[-2:]), "mean": means, **details}
-    write_json(out / "reconstruction.json", metrics)
     print(f"reconstruction of {len(own)} images at {mean_image.shape[-2]}x{mean_image.shape[-1]}:  PSNR (dB)      SSIM")
     for name, part in means.items():
         print(f"  {name:41}{part['psnr']:>8.2f}{part['ssim']:>10.3f}")

@@ -92,8 +92,7 @@ def main() -> None:
     if (config.out / "last.pt").exists():
         raise InputError(f"{config.out} is one stage of a run: give the whole run, --out {config.out.parent}")
     accelerator = make_accelerator(config)
-    shard = {"rank": accelerator.process_index, "world": accelerator.num_processes}
-    train_loader, val_loader, split = make_train_loaders(config, **shard)
+    train_loader, val_loader, split = make_train_loaders(config)
     model_args = {"base_channels": config.base_channels}
 
     def train(model, step, config, model_name, model_args):

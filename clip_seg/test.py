@@ -30,10 +30,11 @@ def main() -> None:
     from dataset.perturbation import check_flags, make_damage
     from dataset.pet import is_synthetic, make_test_loader
     from utils.evaluation import score, segment_pictures
-    from utils.helper import load_model, pick_device
+    from utils.helper import load_model
+    from utils.processes import join
 
     check_flags(config)
-    device = pick_device(config.device)
+    device = join(config.device)
     model, checkpoint = load_model(config.checkpoint, moved(build_segmenter, config.clip_model), "clip_seg", device)
     if config.images:
         segment_pictures(model, checkpoint, config, device)

@@ -51,8 +51,7 @@ def main() -> None:
         return StepOutput(criterion(logits, batch["mask"]), logits, batch["mask"])
 
     accelerator = make_accelerator(config)
-    shard = {"rank": accelerator.process_index, "world": accelerator.num_processes}
-    train_loader, val_loader, split = make_train_loaders(config, **shard)
+    train_loader, val_loader, split = make_train_loaders(config)
     encoder, encoder_args = make_encoder(
         config.clip_model,
         image_size=config.clip_image_size,

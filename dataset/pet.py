@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from dataset.augmentation import augment, train_transform
 from utils.dataset import CLASSES, SPECIES, decode_label, resize_image, resize_mask
-from utils.files import InputError, atomic_path, load_picture, read_json, remove_leftovers
+from utils.files import InputError, atomic_path, load_picture, locked, read_json, remove_leftovers
+from utils.processes import rank, world
 
 log = logging.getLogger(__name__)
 
@@ -101,33 +102,40 @@ class Cache:
         prefix = f"{split_dir.name}-{len(records)}x{size}-"
         self.path = folder / f"{prefix}{key}.u8"
         self._pixels: np.memmap | None = None
-        if not self.path.exists() or self.path.stat().st_size != math.prod(self.shape):  # a copy may be cut short
-            remove_leftovers(folder, idle_seconds=600)  # a younger one may be another process's, at work
-            self._build(records)
-            for outdated in folder.glob(f"{prefix}*.u8"):
-                if outdated != self.path:
-                    outdated.unlink(missing_ok=True)
+        if self._is_whole():
+            return
+        try:
+            with locked(folder / f".{prefix}{key}.lock"):
+                if self._is_whole():  # another process made it meanwhile
+                    return
+                remove_leftovers(folder, idle_seconds=600)  # a younger one may be another process's, at work
+                self._build(records)
+                for outdated in [*folder.glob(f"{prefix}*.u8"), *folder.glob(f".{prefix}*.lock")]:
+                    if key not in outdated.name:
+                        outdated.unlink(missing_ok=True)
+        except OSError as error:
+            hint = "Free space or change the permissions."
+            raise InputError(f"cannot write the cache {self.path}: {error}. {hint}") from error
+
+    def _is_whole(self) -> bool:
+        return self.path.exists() and self.path.stat().st_size == math.prod(self.shape)  # a copy may be cut short
 
     def _build(self, records: Sequence[Record]) -> None:
         def load(record: Record) -> bytes:
             image = load_picture(record.image)
             return resize_image(image, self.size).tobytes() + resize_mask(record.load_label(), self.size).tobytes()
 
-        try:
-            # Written, not mapped: on a full disk a write fails with an error, a mapped page kills the process.
-            with (
-                atomic_path(self.path) as temporary,
-                temporary.open("wb") as file,
-                ThreadPoolExecutor() as pool,
-                tqdm(total=len(records), desc=f"cache {self.size}x{self.size}", unit="image", leave=False) as bar,
-            ):
-                for start in range(0, len(records), 64):  # in chunks, so that memory stays constant
-                    for content in pool.map(load, records[start : start + 64]):
-                        file.write(content)
-                        bar.update()
-        except OSError as error:
-            hint = "Free space or change the permissions."
-            raise InputError(f"cannot write the cache {self.path}: {error}. {hint}") from error
+        # Written, not mapped: on a full disk a write fails with an error, a mapped page kills the process.
+        with (
+            atomic_path(self.path) as temporary,
+            temporary.open("wb") as file,
+            ThreadPoolExecutor() as pool,
+            tqdm(total=len(records), desc=f"cache {self.size}x{self.size}", unit="image", leave=False) as bar,
+        ):
+            for start in range(0, len(records), 64):  # in chunks, so that memory stays constant
+                for content in pool.map(load, records[start : start + 64]):
+                    file.write(content)
+                    bar.update()
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         if self._pixels is None:  # opened late: each worker maps the file itself
@@ -294,9 +302,11 @@ def make_loader(dataset: Dataset, batches: EpochBatches, workers: int) -> DataLo
 
 
 def make_train_loaders(
-    config: Any, *, rank: int = 0, world: int = 1, dataset_class: type[PetDataset] = PetDataset
+    config: Any, *, dataset_class: type[PetDataset] = PetDataset
 ) -> tuple[DataLoader, DataLoader, dict[str, list[str]]]:
     """Training and validation loader of a TrainConfig, and the split: {"train": names, "val": names}.
+
+    Each of several processes has its share of every batch.
 
     InputError when there are fewer training images than a batch.
     """
@@ -305,17 +315,18 @@ def make_train_loaders(
         log.info("%s holds synthetic drawings: scores on them compare with nothing", config.data)
     train, val = split_records(records, config.val_fraction, config.seed)
     samples = balance(records, train)
-    if len(samples) < config.batch_size * world:
+    together = config.batch_size * world()
+    if len(samples) < together:
         raise InputError(
-            f"{len(samples)} training images (after balancing) are fewer than a batch of {config.batch_size * world}: "
-            f"use --batch-size {len(samples) // world} or less, or more images."
+            f"{len(samples)} training images (after balancing) are fewer than a batch of {together}: "
+            f"use --batch-size {len(samples) // world()} or less, or more images."
         )
     cache = Cache(records, config.image_size)
     train_set = dataset_class(
         records, config.image_size, cache=cache, indices=samples, transform=train_transform(), seed=config.seed
     )
     val_set = dataset_class(records, config.image_size, cache=cache, indices=val)
-    shard = {"rank": rank, "world": world}
+    shard = {"rank": rank(), "world": world()}
     train_batches = EpochBatches(len(train_set), config.batch_size, shuffle=True, seed=config.seed, **shard)
     val_batches = EpochBatches(len(val_set), config.batch_size, shuffle=False, **shard)
     split = {"train": [records[i].name for i in train], "val": [records[i].name for i in val]}
@@ -329,7 +340,11 @@ def make_train_loaders(
 def make_test_loader(config: Any, image_size: int, **options: Any) -> DataLoader:
     """Loader of a TestConfig over a split, in the order of the names, with the labels at the size to score at.
 
-    `options` are more of PetDataset's."""
+    Each of several processes has its share of every batch. `options` are more of PetDataset's.
+    """
     records = find_records(config.data, config.split, config.limit)
+    if len(records) < world():
+        raise InputError(f"{len(records)} images cannot be shared by {world()} processes: start fewer")
     dataset = PetDataset(records, image_size, label_size=config.score_size, **options)
-    return make_loader(dataset, EpochBatches(len(dataset), config.batch_size, shuffle=False), config.workers)
+    batches = EpochBatches(len(dataset), config.batch_size, shuffle=False, rank=rank(), world=world())
+    return make_loader(dataset, batches, config.workers)

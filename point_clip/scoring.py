@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 import time
 import zlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from utils.files import load_picture, write_json
 from utils.helper import to_device
 from utils.metric import ConfusionMatrix, count_confusion, nan_mean, predict
 from utils.plot import plot_pictures
+from utils.processes import gather_samples, rank
 from utils.robustness import Damage, study_robustness
 
 KINDS = {True: "pet", False: "background"}
@@ -67,94 +68,132 @@ def score_clicks(
     records = loader.dataset.records
     fixed, photos = read_points(records), [picture_size(record.image) for record in records]
     size = checkpoint["config"]["image_size"]
-    counts: dict[str, list[Tensor]] = {kind: [] for kind in KINDS.values()}
-    both: list[Tensor] = []  # of the fixed clicks of each image together
-    blind: list[Tensor] = []
-    labels: list[int] = []
-    drawn: list[dict[bool, list[float]]] = []
-    image_iou: list[float] = []
-    own: list[bool] = []
-    flips: list[bool] = []
-    began, done = time.perf_counter(), 0
-    for batch in tqdm(loader, desc="test", leave=False):
+    numbers = {record.name: number for number, record in enumerate(records)}
+    answers: list[ImageAnswer] = []
+    began = time.perf_counter()
+    for batch in tqdm(loader, desc="test", leave=False, disable=rank() != 0):
         features = model.encode(to_device(batch, device)["image"])
-        for position, label in enumerate(batch["label"]):
+        for position, (name, label) in enumerate(zip(batch["name"], batch["label"])):
+            number = numbers[name]
+            clicks = [in_label(click, photos[number], label.shape) for click in fixed[number]]
+            more = draw_clicks(label, np.random.default_rng([0, number]))
             image_features = [part[position : position + 1] for part in features]
-            clicks = [in_label(click, photos[done], label.shape) for click in fixed[done]]
-            more = draw_clicks(label, np.random.default_rng([0, done]))
-            # Apart, so that the scores of the fixed clicks are those of the sweep's level 0 to the bit.
-            answers = [
-                predict_clicks(model, image_features, some, label.shape, size) for some in (clicks, more) if some
-            ]
-            masks = torch.cat(answers) if answers else torch.empty(0)
-            tables = []
-            for click, mask in zip([*clicks, *more], masks):
-                tables.append(count_confusion(mask.cpu(), target_of(label, click), 2))
-                own.append(bool(mask[int(click.y), int(click.x)]))
-            scores = [ConfusionMatrix(CLASS_NAMES, table).iou()[1] for table in tables]
-            for click, table in zip(clicks, tables):
-                counts[KINDS[click.on_pet]].append(table)
-                blind.append(count_confusion(torch.from_numpy(pet_pixels(label)).long(), target_of(label, click), 2))
-            both.append(
-                torch.stack(tables[: len(clicks)]).sum(dim=0) if clicks else torch.zeros(2, 2, dtype=torch.int64)
-            )
-            image_iou.append(nan_mean(scores[: len(clicks)]))
-            if len(clicks) == 2:
-                flips.append(all(flipped(masks[: len(clicks)], clicks)))
-            labels.append(zlib.crc32(label))
+            answer, masks = answer_image(model, image_features, label, clicks, more, size)
+            answers.append(answer)
             for click, mask in zip(clicks, masks):
                 if click.on_pet:
-                    save_mask(out / "masks" / f"{records[done].name}.png", mask.to(torch.uint8).cpu().numpy())
-            drawn.append({on_pet: [] for on_pet in KINDS})
-            for click, iou in zip(more, scores[len(clicks) :]):
-                drawn[-1][click.on_pet].append(iou)
-            done += 1
+                    save_mask(out / "masks" / f"{name}.png", mask.to(torch.uint8).cpu().numpy())
+    answers = gather_samples(loader, answers)
     seconds = time.perf_counter() - began
 
-    evaluation = Evaluation(torch.stack(both), CLASS_NAMES, seconds, [record.name for record in records], labels)
-    evaluation.write_images(out / "images.csv")
+    every = [pair for answer in answers for pair in answer.fixed]
+    both = [sum_counts(counts for _, counts in answer.fixed) for answer in answers]
+    of_kind = {kind: [counts for on_pet, counts in every if on_pet == is_pet] for is_pet, kind in KINDS.items()}
+    drawn = [[iou for on_pet, iou in answer.drawn if on_pet == is_pet] for answer in answers for is_pet in KINDS]
+    own = [inside for answer in answers for inside in answer.own]
+    flips = [answer.flipped for answer in answers if answer.flipped is not None]
+    names, labels = [record.name for record in records], [answer.label for answer in answers]
+    evaluation = Evaluation(torch.stack(both), CLASS_NAMES, seconds, names, labels)
+    outline = ConfusionMatrix(CLASS_NAMES, sum_counts(answer.blind for answer in answers))
     source = provenance(model, checkpoint, config, device, synthetic=synthetic)
-    metrics = evaluation.metrics()
-    outline = ConfusionMatrix(CLASS_NAMES, torch.stack(blind).sum(dim=0))
-    spread = [statistics.stdev(values) for image in drawn for values in image.values() if len(values) > 1]
-    metrics |= {
-        "images": len(image_iou),
-        "clicks": len(blind),
-        "skipped": {kind: len(image_iou) - len(tables) for kind, tables in counts.items()},
+    metrics = evaluation.metrics() | {
+        "clicks": len(every),
+        "skipped": {kind: len(answers) - len(tables) for kind, tables in of_kind.items()},
         "baseline": {"name": "true outline, blind to the click", **outline.scores()},
         "by_click": {
-            kind: ConfusionMatrix(CLASS_NAMES, torch.stack(tables).sum(dim=0)).scores()
-            for kind, tables in counts.items()
+            kind: ConfusionMatrix(CLASS_NAMES, sum_counts(tables)).scores()
+            for kind, tables in of_kind.items()
             if tables
         },
         "spread": {
             "clicks": 2 * DRAWN,
-            "iou_mean": nan_mean(value for image in drawn for values in image.values() for value in values),
-            "iou_std": nan_mean(spread),
+            "iou_mean": nan_mean(iou for values in drawn for iou in values),
+            "iou_std": nan_mean(statistics.stdev(values) for values in drawn if len(values) > 1),
         },
         "own_mask": sum(own) / len(own),
         "flips": sum(flips) / len(flips) if flips else None,
-        "images_per_second": len(image_iou) / seconds,
+        "images_per_second": len(answers) / seconds,
         **source,
     }
-    write_json(out / "metrics.json", metrics)
     note = SYNTHETIC_NOTE if synthetic else ""
-    plot_examples(model, records, fixed, image_iou, out / "predictions.png", size, device, note)
-    title = f"{config.checkpoint}: {len(blind)} clicks on {len(image_iou)} images of {config.data / config.split}"
-    print(format_scores(metrics, f"{title} ({note})" if note else title))
-    for kind, scores in metrics["by_click"].items():
-        print(f"  clicks on the {kind}: object IoU {100 * scores['iou']['object']:.1f}")
-    print(
-        f"  {100 * metrics['own_mask']:.1f} % of {len(own)} clicks lie in their own mask; moving the click flips it on "
-        f"{100 * metrics['flips'] if flips else 0:.1f} % of {len(flips)} images\n"
-        f"  object IoU over {2 * DRAWN} clicks an image: mean {100 * metrics['spread']['iou_mean']:.1f}, "
-        f"standard deviation within an image {100 * metrics['spread']['iou_std']:.1f}\n"
-        f"  without such a point, skipped: {metrics['skipped']}\n{out / 'metrics.json'}\n{out / 'predictions.png'}"
-    )
+    if rank() == 0:
+        evaluation.write_images(out / "images.csv")
+        write_json(out / "metrics.json", metrics)
+        image_iou = [
+            nan_mean(ConfusionMatrix(CLASS_NAMES, torch.tensor(counts)).iou()[1] for _, counts in answer.fixed)
+            for answer in answers
+        ]
+        plot_examples(model, records, fixed, image_iou, out / "predictions.png", size, device, note)
+        title = f"{config.checkpoint}: {len(every)} clicks on {len(answers)} images of {config.data / config.split}"
+        print(format_scores(metrics, f"{title} ({note})" if note else title))
+        print(format_clicks(metrics, len(own), len(flips)))
+        print(f"{out / 'metrics.json'}\n{out / 'predictions.png'}")
     if damage:
         prompts = {record.name: prompt for record, *prompt in zip(records, photos, fixed)}
         study_robustness(answer_clicks(model, prompts, size), damage, device, CLASS_NAMES, out, source, note)
     return metrics
+
+
+def format_clicks(metrics: dict[str, Any], clicks: int, images: int) -> str:
+    """What is particular to clicks, in percent: of so many `clicks`, and of so many `images` with one of each kind."""
+    spread, flips = metrics["spread"], metrics["flips"] or 0
+    lines = [
+        f"  clicks on the {kind}: object IoU {100 * scores['iou']['object']:.1f}"
+        for kind, scores in metrics["by_click"].items()
+    ]
+    lines += [
+        f"  {100 * metrics['own_mask']:.1f} % of {clicks} clicks lie in their own mask; "
+        f"moving the click flips it on {100 * flips:.1f} % of {images} images",
+        f"  object IoU over {spread['clicks']} clicks an image: mean {100 * spread['iou_mean']:.1f}, "
+        f"standard deviation within an image {100 * spread['iou_std']:.1f}",
+        f"  without such a point, skipped: {metrics['skipped']}",
+    ]
+    return "\n".join(lines)
+
+
+class ImageAnswer(NamedTuple):
+    """How well the clicks on one image were answered, in plain values; counts are confusion counts (2, 2)."""
+
+    label: int  # checksum
+    fixed: list[tuple[bool, list[list[int]]]]  # of each fixed click: whether it is on the pet, and its counts
+    drawn: list[tuple[bool, float]]  # of each further click: whether it is on the pet, and its object IoU
+    own: list[bool]  # of each click: whether its mask holds it
+    flipped: bool | None  # whether both fixed clicks lie in their own mask alone; None without such a pair
+    blind: list[list[int]]  # of the pet's true outline, given as the answer to every fixed click
+
+
+def answer_image(
+    model: PointClip,
+    features: Sequence[Tensor],
+    label: np.ndarray,
+    clicks: Sequence[Click],
+    more: Sequence[Click],
+    size: int,
+) -> tuple[ImageAnswer, Tensor]:
+    """Answer the fixed and `more` clicks on an image, whose features were computed at `size` pixels; also the masks."""
+    # Apart, so that the scores of the fixed clicks are those of the sweep's level 0 to the bit.
+    answers = [predict_clicks(model, features, some, label.shape, size) for some in (clicks, more) if some]
+    masks = torch.cat(answers) if answers else torch.empty(0)
+    targets = [target_of(label, click) for click in (*clicks, *more)]
+    tables = [count_confusion(mask.cpu(), target, 2) for mask, target in zip(masks, targets)]
+    outline = torch.from_numpy(pet_pixels(label)).long()
+    answer = ImageAnswer(
+        label=zlib.crc32(label),
+        fixed=[(click.on_pet, table.tolist()) for click, table in zip(clicks, tables)],
+        drawn=[
+            (click.on_pet, ConfusionMatrix(CLASS_NAMES, table).iou()[1])
+            for click, table in zip(more, tables[len(clicks) :])
+        ],
+        own=[bool(mask[int(click.y), int(click.x)]) for click, mask in zip((*clicks, *more), masks)],
+        flipped=all(flipped(masks[:2], clicks)) if len(clicks) == 2 else None,
+        blind=sum_counts(count_confusion(outline, target, 2) for target in targets[: len(clicks)]).tolist(),
+    )
+    return answer, masks
+
+
+def sum_counts(tables: Iterable[Tensor | list[list[int]]]) -> Tensor:
+    """The sum of confusion counts (2, 2), zeros where there are none."""
+    return sum((torch.as_tensor(table) for table in tables), torch.zeros(2, 2, dtype=torch.int64))
 
 
 def answer_clicks(model: PointClip, prompts: dict[str, tuple[Sequence[int], Sequence[Click]]], size: int) -> Answer:
@@ -222,14 +261,14 @@ def plot_examples(
 ) -> None:
     """Best, median and worst images: photograph, truth, and the answer to either click, which is marked."""
     rows = []
-    for rank, index in pick_examples(image_iou):
+    for place, index in pick_examples(image_iou):
         photo = to_rgb(load_picture(records[index].image))
         pixels = np.asarray(photo)
         answers = {kind: np.full_like(pixels, 255) for kind in KINDS}
         for click in fixed[index]:
             mask = segment(model, photo, size, device, point=(click.x, click.y))
             answers[click.on_pet] = with_mark(overlay(pixels, mask), click.x, click.y)
-        caption = f"{rank}: {records[index].name}\nobject IoU {image_iou[index]:.2f}"
+        caption = f"{place}: {records[index].name}\nobject IoU {image_iou[index]:.2f}"
         rows.append((caption, [pixels, overlay(pixels, records[index].load_label()), *answers.values()]))
     plot_pictures(path, rows, ("photograph", "truth", "click on the pet", "click beside it"), note)
 

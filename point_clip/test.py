@@ -47,10 +47,11 @@ def main() -> None:
     from point_clip.model import build_point_clip
     from point_clip.scoring import score_clicks
     from utils.evaluation import segment_pictures
-    from utils.helper import load_model, pick_device
+    from utils.helper import load_model
+    from utils.processes import join
 
     check_flags(config)
-    device = pick_device(config.device)
+    device = join(config.device)
     model, checkpoint = load_model(config.checkpoint, moved(build_point_clip, config.clip_model), "point_clip", device)
     if config.images:
         segment_pictures(model, checkpoint, config, device, point=config.point)

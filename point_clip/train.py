@@ -62,8 +62,7 @@ def main() -> None:
         return StepOutput(criterion(two, under_click(learned, on_pet)), logits, under_click(mask, on_pet))
 
     accelerator = make_accelerator(config)
-    shard = {"rank": accelerator.process_index, "world": accelerator.num_processes}
-    train_loader, val_loader, split = make_train_loaders(config, dataset_class=PetHeatmapDataset, **shard)
+    train_loader, val_loader, split = make_train_loaders(config, dataset_class=PetHeatmapDataset)
     options = {"encoding": config.point_encoding, "base_channels": config.base_channels, "skips": config.skips}
     if config.clip_seg:
         model, encoder_args = start_from(config, options)

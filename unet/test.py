@@ -29,10 +29,11 @@ def main() -> None:
     from dataset.pet import is_synthetic, make_test_loader
     from unet.model import UNet
     from utils.evaluation import score, segment_pictures
-    from utils.helper import load_model, pick_device
+    from utils.helper import load_model
+    from utils.processes import join
 
     check_flags(config)
-    device = pick_device(config.device)
+    device = join(config.device)
     model, checkpoint = load_model(config.checkpoint, UNet, "unet", device)
     if config.images:
         segment_pictures(model, checkpoint, config, device)

@@ -39,8 +39,7 @@ def main() -> None:
         return StepOutput(criterion(logits, batch["mask"]), logits, batch["mask"])
 
     accelerator = make_accelerator(config)
-    shard = {"rank": accelerator.process_index, "world": accelerator.num_processes}
-    train_loader, val_loader, split = make_train_loaders(config, **shard)
+    train_loader, val_loader, split = make_train_loaders(config)
     model_args = {"num_classes": len(CLASSES), "base_channels": config.base_channels}
     fit(
         UNet(**model_args),

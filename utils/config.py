@@ -169,15 +169,19 @@ def from_json(config_class: type, values: dict, *, source: Path) -> dict:
 
 
 def run_script(main: Callable[[], int | None]) -> None:
-    """Run a script's `main`. Exit code 1 and one line on stderr for InputError and for what the file system refuses
-    (its message names the file); 130 for Ctrl-C."""
+    """Run a script's `main`. Exit code 1 and one line on stderr for InputError, for what the file system refuses (its
+    message names the file) and for a worker that was killed; 130 for Ctrl-C."""
     logging.basicConfig(format="%(message)s")
-    for package in ("utils", "dataset"):  # our own news, not the libraries'
-        logging.getLogger(package).setLevel(logging.INFO)
+    for package in ("utils", "dataset"):  # our own news, not the libraries'; of several processes the first one's
+        logging.getLogger(package).setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     try:
         sys.exit(main())
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        sys.exit(f"error: a worker that loads images was killed ({error}). Is memory short? Use fewer --workers")
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)

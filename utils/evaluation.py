@@ -28,6 +28,7 @@ from utils.files import PICTURE_SUFFIXES, InputError, atomic_path, load_picture,
 from utils.helper import describe_environment, to_device
 from utils.metric import ConfusionMatrix, count_confusion, nan_mean, predict
 from utils.plot import plot_confusion, plot_predictions
+from utils.processes import gather, gather_samples, rank, world
 from utils.robustness import Damage, study_robustness
 
 SYNTHETIC_NOTE = "synthetic drawings: the scores compare with nothing"
@@ -101,12 +102,16 @@ def evaluate(
     *,
     masks: Path | None = None,
 ) -> Evaluation:
-    """Compare predictions with each batch's `label`; with `masks` they are also written there, as NAME.png."""
+    """Compare predictions with each batch's `label`; with `masks` they are also written there, as NAME.png.
+
+    Every one of several processes returns the counts of all images.
+    """
     model.eval()
     answer = answer_classes(model)
     began = time.perf_counter()
     counts, labels = [], []
-    with tqdm(total=len(loader.dataset), desc="test", unit="image", leave=False) as bar, ThreadPoolExecutor() as pool:
+    options = {"unit": "image", "leave": False, "disable": rank() != 0}
+    with tqdm(total=len(loader.dataset), desc="test", **options) as bar, ThreadPoolExecutor() as pool:
         for batch in loader:
             answers = list(answer(to_device(batch, device)))
             counts += [count_confusion(prediction, target, len(class_names)) for prediction, target in answers]
@@ -114,9 +119,11 @@ def evaluate(
             if masks:
                 found = [prediction.to(torch.uint8).cpu().numpy() for prediction, _ in answers]
                 list(pool.map(save_mask, [masks / f"{name}.png" for name in batch["name"]], found))
-            bar.update(len(answers))
+            bar.update(len(answers) * world())
     names = [record.name for record in loader.dataset.records]
-    return Evaluation(torch.stack(counts).cpu(), class_names, time.perf_counter() - began, names, labels)
+    rows = gather_samples(loader, list(zip(torch.stack(counts).tolist(), labels)))
+    counts, labels = zip(*rows)
+    return Evaluation(torch.tensor(counts), class_names, time.perf_counter() - began, names, labels)
 
 
 def save_mask(path: Path, classes: np.ndarray) -> None:
@@ -172,24 +179,36 @@ def score(
     source = provenance(model, checkpoint, config, device, synthetic=synthetic)
     metrics = evaluation.metrics() | source | {"images_per_second": len(evaluation.counts) / evaluation.seconds}
     note = SYNTHETIC_NOTE if synthetic else ""
-    evaluation.write_images(out / "images.csv")
-    write_json(out / "metrics.json", metrics)
-    plot_confusion(out / "confusion.png", evaluation.total.counts.numpy(), CLASSES, note)
-
-    rows = []
-    for rank, index in pick_examples(evaluation.image_iou):
-        record = loader.dataset.records[index]
-        photo = to_rgb(load_picture(record.image))
-        classes = segment(model, photo, checkpoint["config"]["image_size"], device)
-        caption = f"{rank}: {record.name}\nmean IoU {evaluation.image_iou[index]:.2f}"
-        rows.append((caption, np.asarray(photo), record.load_label(), classes))
-    plot_predictions(out / "predictions.png", rows, note)
-    title = f"{config.checkpoint} on {metrics['images']} images of {config.data / config.split}"
-    print(format_scores(metrics, f"{title} ({note})" if note else title))
-    print(f"{out / 'metrics.json'}\n{out / 'confusion.png'}\n{out / 'predictions.png'}")
+    if rank() == 0:
+        evaluation.write_images(out / "images.csv")
+        write_json(out / "metrics.json", metrics)
+        plot_confusion(out / "confusion.png", evaluation.total.counts.numpy(), CLASSES, note)
+        plot_examples(model, loader, evaluation.image_iou, out / "predictions.png", metrics["image_size"], device, note)
+        title = f"{config.checkpoint} on {metrics['images']} images of {config.data / config.split}"
+        print(format_scores(metrics, f"{title} ({note})" if note else title))
+        print(f"{out / 'metrics.json'}\n{out / 'confusion.png'}\n{out / 'predictions.png'}")
     if damage:
         study_robustness(answer_classes(model), damage, device, CLASSES, out, source, note)
     return metrics
+
+
+def plot_examples(
+    model: nn.Module,
+    loader: DataLoader,
+    image_iou: Sequence[float],
+    path: Path,
+    size: int,
+    device: torch.device,
+    note: str,
+) -> None:
+    """The best, median and worst images: photograph, truth and prediction."""
+    rows = []
+    for place, index in pick_examples(image_iou):
+        record = loader.dataset.records[index]
+        photo = to_rgb(load_picture(record.image))
+        caption = f"{place}: {record.name}\nmean IoU {image_iou[index]:.2f}"
+        rows.append((caption, np.asarray(photo), record.load_label(), segment(model, photo, size, device)))
+    plot_predictions(path, rows, note)
 
 
 def provenance(
@@ -221,13 +240,13 @@ def results_folder(config: TestConfig) -> Path:
 
 
 def pick_examples(scores: Sequence[float], each: int = 2) -> list[tuple[str, int]]:
-    """(rank, index) of the images whose score is best, median and worst, `each` of a kind, none twice, NaN left out."""
+    """(place, index) of the images whose score is best, median and worst, `each` of a kind, none twice, no NaN."""
     order = sorted((i for i, score in enumerate(scores) if not math.isnan(score)), key=lambda i: -scores[i])
     middle = max(0, (len(order) - each) // 2)
     picked: dict[int, str] = {}
-    for rank, indices in (("best", order[:each]), ("worst", order[-each:]), ("median", order[middle : middle + each])):
+    for place, indices in (("best", order[:each]), ("worst", order[-each:]), ("median", order[middle : middle + each])):
         for index in indices:
-            picked.setdefault(index, rank)
+            picked.setdefault(index, place)
     return [(picked[index], index) for index in order if index in picked]
 
 
@@ -267,12 +286,12 @@ def segment_pictures(
     prompted gets the same `point` of each picture; its mask is 1 where the picture belongs to what lies under it.
     """
     out = config.out or config.checkpoint.parent / "test" / "images"
-    problems: list[str] = []
-    taken: set[str] = set()
     paths = [path for path in find_pictures(config.images) if out.resolve() not in path.resolve().parents]
     if not paths:
         raise InputError(f"--images: the pictures lie in {out}, where the masks would go; choose another --out")
-    for path in tqdm(paths, desc="segment", unit="image", leave=False):
+    problems: list[str] = []
+    share = list(zip(paths, distinct_stems(paths)))[rank() :: world()]
+    for path, stem in tqdm(share, desc="segment", unit="image", leave=False, disable=rank() != 0):
         try:
             picture = to_rgb(load_picture(path, upright=True))
             if point is not None and not (0 <= point[0] <= picture.width - 1 and 0 <= point[1] <= picture.height - 1):
@@ -282,18 +301,29 @@ def segment_pictures(
         except InputError as error:
             problems.append(str(error))
             continue
-        stem, copy = path.stem, 1
-        while stem in taken:  # cat.jpg and cat.png, or the same name in two folders
-            copy += 1
-            stem = f"{path.stem}-{copy}"
-        taken.add(stem)
         classes = segment(model, picture, checkpoint["config"]["image_size"], device, point=point)
         save_mask(out / f"{stem}_mask.png", classes)
         with atomic_path(out / f"{stem}_overlay.jpg") as temporary:
             Image.fromarray(overlay(np.asarray(picture), classes)).save(temporary, "JPEG", quality=92)
-    print(f"{len(taken)} pictures segmented: {out}")
+    problems = gather(problems)
+    if rank() == 0:
+        print(f"{len(paths) - len(problems)} pictures segmented: {out}")
     if problems:
         raise InputError("could not be segmented:\n  " + "\n  ".join(problems))
+
+
+def distinct_stems(paths: Sequence[Path]) -> list[str]:
+    """The stem of each path, numbered where another has it: of cat.jpg and cat.png, or of two folders."""
+    taken: set[str] = set()
+    stems = []
+    for path in paths:
+        stem, copy = path.stem, 1
+        while stem in taken:
+            copy += 1
+            stem = f"{path.stem}-{copy}"
+        taken.add(stem)
+        stems.append(stem)
+    return stems
 
 
 def find_pictures(paths: Sequence[Path]) -> Iterator[Path]:

@@ -34,6 +34,13 @@ def pick_device(name: str) -> torch.device:
         name = next(device for device, here in available.items() if here)
     if not available[name]:
         raise InputError(f"--device {name}: this machine has none that PyTorch {torch.__version__} can use")
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # that were started together on this machine
+    devices = {"cuda": torch.cuda.device_count(), "mps": 1, "cpu": processes}[name]
+    if processes > devices:
+        raise InputError(
+            f"{processes} processes were started, but there are {devices} devices of --device {name}: start {devices}, "
+            "or give --device cpu"
+        )
     return torch.device(name)
 
 

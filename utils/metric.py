@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from utils.dataset import IGNORE
 from utils.helper import to_device
+from utils.processes import add_up
 
 
 def predict(logits: Tensor) -> Tensor:
@@ -109,9 +110,8 @@ def validate(
     loader: Iterable[dict[str, Any]],
     device: torch.device,
     class_names: Sequence[str],
-    reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> tuple[float, ConfusionMatrix]:
-    """Mean loss per image and confusion matrix over all of `loader`. `reduce` sums a tensor over processes.
+    """Mean loss per image and confusion matrix over all of `loader`, those of all processes together.
 
     A step without logits (a reconstruction) leaves the matrix empty.
     """
@@ -126,5 +126,5 @@ def validate(
         totals += torch.stack([output.loss, torch.ones_like(output.loss)]) * images
         if output.logits is not None:
             confusion.update(predict(output.logits), output.target)
-    loss, images = reduce(totals).tolist()
-    return loss / images, ConfusionMatrix(class_names, reduce(confusion.counts.to(device)).cpu())
+    loss, images = add_up(totals).tolist()
+    return loss / images, ConfusionMatrix(class_names, add_up(confusion.counts.to(device)).cpu())

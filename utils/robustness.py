@@ -20,6 +20,7 @@ from utils.files import write_bytes, write_json
 from utils.helper import to_device
 from utils.metric import ConfusionMatrix, count_confusion
 from utils.plot import plot_robustness
+from utils.processes import add_up, rank, world
 
 SEEDS = 3  # draws of a perturbation that chance is part of
 
@@ -34,7 +35,7 @@ class Damage(NamedTuple):
 
 @torch.inference_mode()
 def sweep(answer: Callable, damage: Damage, device: torch.device, num_classes: int) -> dict[str, Tensor]:
-    """Confusion counts (levels, draws, C, C) of every perturbation, summed over all images.
+    """Confusion counts (levels, draws, C, C) of every perturbation, summed over all images of all processes.
 
     Every image is loaded once. Level 0 is the image itself, answered once for all perturbations; those without chance
     have one draw.
@@ -48,14 +49,15 @@ def sweep(answer: Callable, damage: Damage, device: torch.device, num_classes: i
             total += count_confusion(prediction, target, num_classes)
         return total
 
-    with tqdm(total=len(loader.dataset) * passes(perturbations), desc="perturb", unit="image", leave=False) as bar:
+    total = len(loader.dataset) * passes(perturbations)
+    with tqdm(total=total, desc="perturb", unit="image", leave=False, disable=rank() != 0) as bar:
         for batch in loader:
             image = batch["image"].to(device, non_blocking=True)
             chances = {way.name: batch[f"chance/{way.name}"].to(device) for way in perturbations if way.draw}
             # What every pass needs goes to the device once.
             batch = {"name": batch["name"], "label": [torch.from_numpy(label).to(device) for label in batch["label"]]}
             clean = count(batch, image)
-            bar.update(len(image))
+            bar.update(len(image) * world())
             for way in perturbations:
                 draws = SEEDS if way.draw else 1
                 table = counts.setdefault(way.name, clean.new_zeros(len(way.amounts), draws, *clean.shape))
@@ -64,8 +66,8 @@ def sweep(answer: Callable, damage: Damage, device: torch.device, num_classes: i
                     chance = chances[way.name][:, draw] if way.draw else None
                     for level in range(1, len(way.amounts)):
                         table[level, draw] += count(batch, way(image, level, chance))
-                        bar.update(len(image))
-    return {name: table.cpu() for name, table in counts.items()}
+                        bar.update(len(image) * world())
+    return {name: add_up(table).cpu() for name, table in counts.items()}
 
 
 def passes(perturbations: Sequence[Any]) -> int:
@@ -86,6 +88,8 @@ def study_robustness(
     began = time.perf_counter()
     counts = sweep(answer, damage, device, len(class_names))
     seconds = time.perf_counter() - began
+    if rank() != 0:
+        return
     perturbations, images = damage.perturbations, len(damage.loader.dataset)
     scores = {name: score_levels(table, class_names) for name, table in counts.items()}
     truth = next(iter(counts.values()))[0, 0].sum(dim=1)

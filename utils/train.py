@@ -25,7 +25,6 @@ from utils.files import InputError, read_json, remove_leftovers, write_bytes, wr
 from utils.helper import (
     describe_environment,
     load_checkpoint,
-    pick_device,
     random_state,
     save_checkpoint,
     seed_everything,
@@ -34,6 +33,7 @@ from utils.helper import (
 )
 from utils.metric import validate
 from utils.plot import plot_curves
+from utils.processes import add_up, join
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ class TrainingLog:
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """Devices, processes and precision as the flags say; seeds everything, so call it before a model is built."""
-    device = pick_device(config.device)
+    device = join(config.device)
     precision = config.precision
     if precision == "auto":
         precision = "fp32"
@@ -210,7 +210,6 @@ def fit(
                 val_loader,
                 device,
                 class_names,
-                lambda tensor: accelerator.reduce(tensor, "sum"),
             )
             check_finite(val_loss, f"validation loss of epoch {epoch}", config)
             stopping.update(val_loss)
@@ -323,7 +322,7 @@ def train_epoch(
             if bar.update(size * accelerator.num_processes):
                 check_finite(loss_sum.item(), f"training loss in epoch {epoch}", config)
                 bar.set_postfix(loss=f"{loss_sum.item() / images:.4f}", refresh=False)
-    total_loss, total_images = accelerator.reduce(torch.stack([loss_sum, loss_sum.new_tensor(images)]), "sum").tolist()
+    total_loss, total_images = add_up(torch.stack([loss_sum, loss_sum.new_tensor(images)])).tolist()
     check_finite(total_loss, f"training loss in epoch {epoch}", config)
     return total_loss / total_images, int(total_images)
 
