@@ -152,15 +152,17 @@ def test_an_interrupted_group_ends_and_resumes_with_another_number_of_processes(
                "--epochs", 10_000, "--patience", 0, *TINY]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     group = subprocess.Popen(list(map(str, command)), start_new_session=True, stderr=subprocess.PIPE, env=environment)
-    while not (out / "best.pt").exists() and group.poll() is None:
-        time.sleep(0.05)
+    while group.poll() is None:
+        if (out / "last.pt").exists() and load_checkpoint(out / "last.pt", "unet")["epoch"]:
+            break
+        time.sleep(0.1)
     os.killpg(group.pid, signal.SIGINT)  # as Ctrl-C in a terminal does
     _, errors = group.communicate(timeout=120)
     assert group.returncode != 0
     with pytest.raises(ProcessLookupError):
         os.killpg(group.pid, 0)  # nobody is left
     stopped = load_checkpoint(out / "last.pt", "unet")["epoch"]
-    assert stopped >= 1, errors
+    assert stopped > 0, errors
 
     resumed = run("unet/train.py", "--out", out, "--resume", "--epochs", stopped + 1)
     assert resumed.returncode == 0, resumed.stderr
