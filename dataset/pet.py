@@ -315,7 +315,9 @@ def make_train_loaders(
         log.info("%s holds synthetic drawings: scores on them compare with nothing", config.data)
     train, val = split_records(records, config.val_fraction, config.seed)
     samples = balance(records, train)
-    together = config.batch_size * world()
+    # "auto" starts from here, or from all images, and utils/memory.py cuts it into parts that fit.
+    batch_size = min(64, len(samples) // world()) if config.batch_size == "auto" else config.batch_size
+    together = batch_size * world()
     if len(samples) < together:
         raise InputError(
             f"{len(samples)} training images (after balancing) are fewer than a batch of {together}: "
@@ -327,8 +329,8 @@ def make_train_loaders(
     )
     val_set = dataset_class(records, config.image_size, cache=cache, indices=val)
     shard = {"rank": rank(), "world": world()}
-    train_batches = EpochBatches(len(train_set), config.batch_size, shuffle=True, seed=config.seed, **shard)
-    val_batches = EpochBatches(len(val_set), config.batch_size, shuffle=False, **shard)
+    train_batches = EpochBatches(len(train_set), batch_size, shuffle=True, seed=config.seed, **shard)
+    val_batches = EpochBatches(len(val_set), batch_size, shuffle=False, **shard)
     split = {"train": [records[i].name for i in train], "val": [records[i].name for i in val]}
     return (
         make_loader(train_set, train_batches, config.workers),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from dataset import pet
 from dataset.augmentation import train_transform
 from dataset.dataset_prep import prepare
 from dataset.pet import (
@@ -97,6 +100,32 @@ def test_cache_is_made_once_and_anew_when_the_data_change(base):
     assert other.path != cache.path and not cache.path.exists(), "the outdated cache goes"
     assert other[0][0].max() == 0
     assert Cache(records, 32).path.exists() and other.path.exists(), "caches of several sizes stay side by side"
+
+
+def test_two_at_once_build_one_cache(base, monkeypatch):
+    prepare(base)
+    records, decoded = find_records(base, "Test"), []
+    load = pet.load_picture
+
+    def counted(path):
+        decoded.append(path)
+        return load(path)
+
+    monkeypatch.setattr(pet, "load_picture", counted)
+    with ThreadPoolExecutor(4) as pool:  # each with a lock of its own, as processes have
+        caches = list(pool.map(lambda _: Cache(records, 24), range(4)))
+    assert sorted(decoded) == sorted(path for record in records for path in (record.image, record.label))
+    assert all(np.array_equal(cache[3][0], caches[0][3][0]) for cache in caches)
+
+
+def test_a_file_system_without_locks(base, monkeypatch):
+    prepare(base)
+
+    def refuse(*_):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr("utils.files.fcntl.flock", refuse)
+    assert Cache(find_records(base, "Test"), 24)[0][0].any()
 
 
 def test_a_cache_cut_short_is_never_read(base, monkeypatch):

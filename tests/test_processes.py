@@ -24,6 +24,7 @@ from tests.conftest import ROOT, TINY, run
 from unet.model import UNet
 from utils.files import InputError
 from utils.helper import load_checkpoint, pick_device, save_checkpoint
+from utils.train import synchronized
 
 TORCHRUN = ("torch.distributed.run", "--nproc-per-node", 2)
 
@@ -134,6 +135,20 @@ def test_more_processes_than_devices(monkeypatch):
     assert pick_device("cpu").type == "cpu"
     with pytest.raises(InputError, match=r"2 processes were started, but there are 1 devices of --device cuda"):
         pick_device("auto")
+
+
+def test_batch_norm_of_several_gpus(monkeypatch):
+    monkeypatch.setattr("utils.train.world", lambda: 2)
+    names, cuda = list(UNet(base_channels=2).state_dict()), torch.device("cuda")
+    model = synchronized(UNet(base_channels=2), cuda)
+    kinds = {type(module) for module in model.modules()}
+    assert nn.SyncBatchNorm in kinds and nn.BatchNorm2d not in kinds and list(model.state_dict()) == names
+    frozen = synchronized(AutoencoderSegmenter(Autoencoder(base_channels=2).encoder, 3), cuda).train()
+    norms = [module for module in frozen.encoder.modules() if isinstance(module, nn.SyncBatchNorm)]
+    assert norms and not any(norm.training for norm in norms), "frozen statistics stay frozen"
+    assert nn.SyncBatchNorm not in {type(module) for module in synchronized(UNet(), torch.device("cpu")).modules()}
+    monkeypatch.undo()
+    assert nn.SyncBatchNorm not in {type(module) for module in synchronized(UNet(), cuda).modules()}, "alone"
 
 
 def test_accelerate_launch(prepared, tmp_path):

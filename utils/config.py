@@ -41,6 +41,15 @@ def score_size(text: str) -> str | int:
     return int(text)
 
 
+def batch_size(text: str) -> str | int:
+    """`auto`, or the number of images."""
+    if text == "auto":
+        return text
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected 'auto' or a positive number of images, got {text!r}")
+    return int(text)
+
+
 @dataclass
 class TrainConfig:
     """Flags that every train.py shares (report: Adam, batch 64, at most 50 epochs, cross-entropy, early stopping)."""
@@ -48,7 +57,9 @@ class TrainConfig:
     data: Path = flag(Path("Dataset"), "folder that dataset/dataset_prep.py prepared")
     out: Path = flag(Path("runs/model"), "folder of this run")
     epochs: int = flag(50, "most passes over the training images", low=1)
-    batch_size: int = flag(64, "images per batch and process", low=1)
+    batch_size: int = flag(
+        64, "images per batch and process, or 'auto': 64 a step, accumulated from what fits in memory", parse=batch_size
+    )
     accumulate: int = flag(1, "batches whose gradients make one step of the optimizer: less memory", low=1)
     lr: float = flag(1e-4, "learning rate of Adam", low=0)
     schedule: Literal["constant", "cosine"] = flag(

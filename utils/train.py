@@ -31,9 +31,10 @@ from utils.helper import (
     set_random_state,
     to_device,
 )
+from utils.memory import settle_batch_size
 from utils.metric import validate
 from utils.plot import plot_curves
-from utils.processes import add_up, join
+from utils.processes import add_up, join, world
 
 log = logging.getLogger(__name__)
 
@@ -141,6 +142,9 @@ def fit(
     Raises InputError when `config.out` holds another run, or the loss is no longer finite (last.pt is then still good).
     """
     out, device, is_main = config.out, accelerator.device, accelerator.is_main_process
+    if config.batch_size == "auto":
+        config = settle_batch_size(config, model, step, (train_loader, val_loader), accelerator)
+    model = synchronized(model, device)
     model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
@@ -262,6 +266,11 @@ def learning_rate(config: TrainConfig, epoch: int) -> float:
     if config.schedule == "constant":
         return config.lr
     return config.lr * (1 + math.cos(math.pi * (epoch - 1) / config.epochs)) / 2  # Loshchilov and Hutter 2017
+
+
+def synchronized(model: nn.Module, device: torch.device) -> nn.Module:
+    """`model`, with batch norm over the images of all GPUs where there are several; parameters keep their names."""
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if world() > 1 and device.type == "cuda" else model
 
 
 def compiled(model: nn.Module, device: torch.device) -> nn.Module:
