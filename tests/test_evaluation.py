@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from benchmarks.timing import peak_memory
 from dataset.pet import EpochBatches, PetDataset, find_records, make_loader
 from tests.conftest import run
 from unet.model import UNet
@@ -46,6 +48,13 @@ def test_every_pixel_but_the_boundary_is_scored_at_its_own_size(prepared, model)
     expected = [int((record.load_label() != 255).sum()) for record in records]
     assert evaluation.counts.sum(dim=(1, 2)).tolist() == expected
     assert scores(model, records, label_size=20).counts.sum() <= 12 * 20 * 20
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is measured on Linux alone")
+def test_memory_does_not_grow_with_the_number_of_images(prepared, model):
+    records = find_records(prepared, "Test")
+    few, many = (peak_memory(CPU, lambda n=n: scores(model, n * records, 4, label_size=512)) for n in (2, 22))
+    assert many < few + 240 * 512 * 512 / 2**20 / 2, "MiB: half a byte for each pixel of the further images"
 
 
 class Oracle(nn.Module):

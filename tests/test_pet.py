@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from benchmarks.timing import peak_memory
 from dataset import pet
 from dataset.augmentation import train_transform
 from dataset.dataset_prep import prepare
@@ -100,6 +101,14 @@ def test_cache_is_made_once_and_anew_when_the_data_change(base):
     assert other.path != cache.path and not cache.path.exists(), "the outdated cache goes"
     assert other[0][0].max() == 0
     assert Cache(records, 32).path.exists() and other.path.exists(), "caches of several sizes stay side by side"
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is measured on Linux alone")
+def test_a_cache_is_built_in_constant_memory(base):
+    prepare(base)
+    records = find_records(base, "Test")
+    few, many = (peak_memory(torch.device("cpu"), lambda n=n: Cache(n * records, 256)) for n in (6, 36))  # 72, 432
+    assert many < few + 360 * 256 * 256 * 4 / 2**20 / 2, "MiB, half of what the further images take in the file"
 
 
 def test_two_at_once_build_one_cache(base, monkeypatch):
