@@ -109,20 +109,20 @@ def evaluate(
     model.eval()
     answer = answer_classes(model)
     began = time.perf_counter()
-    counts, labels = [], []
+    rows: list[tuple[list[list[int]], int]] = []
     options = {"unit": "image", "leave": False, "disable": rank() != 0}
     with tqdm(total=len(loader.dataset), desc="test", **options) as bar, ThreadPoolExecutor() as pool:
         for batch in loader:
             answers = list(answer(to_device(batch, device)))
-            counts += [count_confusion(prediction, target, len(class_names)) for prediction, target in answers]
-            labels += [zlib.crc32(label) for label in batch["label"]]
+            counts = torch.stack([count_confusion(*pair, len(class_names)) for pair in answers])
+            # Plain numbers: small tensors that stay would lie between the large ones, and memory would grow and grow.
+            rows += zip(counts.tolist(), map(zlib.crc32, batch["label"]))
             if masks:
                 found = [prediction.to(torch.uint8).cpu().numpy() for prediction, _ in answers]
                 list(pool.map(save_mask, [masks / f"{name}.png" for name in batch["name"]], found))
             bar.update(len(answers) * world())
     names = [record.name for record in loader.dataset.records]
-    rows = gather_samples(loader, list(zip(torch.stack(counts).tolist(), labels)))
-    counts, labels = zip(*rows)
+    counts, labels = zip(*gather_samples(loader, rows))
     return Evaluation(torch.tensor(counts), class_names, time.perf_counter() - began, names, labels)
 
 
