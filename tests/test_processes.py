@@ -26,7 +26,7 @@ from utils.files import InputError
 from utils.helper import load_checkpoint, pick_device, save_checkpoint
 from utils.train import synchronized
 
-TORCHRUN = ("torch.distributed.run", "--nproc-per-node", 2)
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", 2)  # standalone: at a free port
 
 
 def save_model(path: Path, model: nn.Module, model_name: str, model_args: dict[str, Any]) -> Path:

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from utils.batch_size import settle_batch_size
 from utils.config import TrainConfig, to_json
 from utils.dataset import CLASSES
 from utils.files import InputError, read_json, remove_leftovers, write_bytes, write_json
@@ -31,7 +32,6 @@ from utils.helper import (
     set_random_state,
     to_device,
 )
-from utils.memory import settle_batch_size
 from utils.metric import validate
 from utils.plot import plot_curves
 from utils.processes import add_up, join, world
@@ -142,8 +142,7 @@ def fit(
     Raises InputError when `config.out` holds another run, or the loss is no longer finite (last.pt is then still good).
     """
     out, device, is_main = config.out, accelerator.device, accelerator.is_main_process
-    if config.batch_size == "auto":
-        config = settle_batch_size(config, model, step, (train_loader, val_loader), accelerator)
+    config = settle_batch_size(config, model, step, (train_loader, val_loader), accelerator)
     model = synchronized(model, device)
     model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(

@@ -1,4 +1,4 @@
-"""How many images fit in memory: what `--batch-size auto` stands for."""
+"""How a step is cut into batches: by what fits in memory (`--batch-size auto`), by how many processes share it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from utils.config import TrainConfig
 from utils.files import InputError, read_json
 from utils.helper import to_device
-from utils.processes import gather
+from utils.processes import gather, world
 
 log = logging.getLogger(__name__)
 
@@ -30,34 +30,49 @@ def settle_batch_size(
     loaders: tuple[DataLoader, DataLoader],
     accelerator: Accelerator,
 ) -> TrainConfig:
-    """`config` with numbers for `--batch-size auto`, to which the batches of the loaders are set, too.
+    """`config` with the `--batch-size` and `--accumulate` to train with, to which the loaders' batches are set, too.
 
-    A step of the optimizer is over as many images as the training loader's batches had, in the fewest equal parts that
-    fit: `--accumulate` of them. So the memory decides how the step is made, not what it learns (but for batch norm). A
-    run that is resumed keeps what it had; of several processes all take what fits for each.
+    With "auto" a step of the optimizer is over as many images as the training loader's batches had, in the fewest equal
+    parts that fit in memory. So the memory decides how a step is made, not what it learns (but for batch norm). In a
+    run that is resumed a step keeps its images, however many processes share them now.
 
-    InputError where not even one image fits, or `--accumulate` was given, too.
+    InputError where not even one image fits, they cannot be shared, or `--accumulate` was given beside "auto".
     """
-    if config.accumulate != 1:
-        raise InputError("--batch-size auto sets --accumulate itself: leave that out")
-    whole = loaders[0].batch_sampler.batch_size
     kept = config.out / "config.json"
     if config.resume and kept.exists():
-        size, parts = (read_json(kept)[name] for name in ("batch_size", "accumulate"))
+        size, parts = shared_anew(read_json(kept), config)
+    elif config.batch_size != "auto":
+        return config
+    elif config.accumulate != 1:
+        raise InputError("--batch-size auto sets --accumulate itself: leave that out")
     else:
-        dataset, collate = loaders[0].dataset, loaders[0].collate_fn
+        whole, dataset, collate = loaders[0].batch_sampler.batch_size, loaders[0].dataset, loaders[0].collate_fn
 
         def attempt(size: int) -> None:
             batch = to_device(collate([dataset[sample] for sample in range(size)]), accelerator.device)
-            try_step(model, step, batch, config, accelerator)
+            try_step(model, step, batch, accelerator)
 
-        most = fitting_size(attempt, whole, accelerator.device)
-        parts = min(2**power for power in range(whole.bit_length()) if whole // 2**power <= min(gather([most])))
+        most = min(gather([fitting_size(attempt, whole, accelerator.device)]))  # the same for all processes
+        parts = min(2**power for power in range(whole.bit_length()) if whole // 2**power <= most)
         size = whole // parts
         log.info("--batch-size auto: %d batches of %d images make a step", parts, size)
     for loader in loaders:
         loader.batch_sampler.batch_size = size
     return dataclasses.replace(config, batch_size=size, accumulate=parts)
+
+
+def shared_anew(kept: dict[str, Any], config: TrainConfig) -> tuple[int, int]:
+    """Batch size and accumulation with which a step of a resumed run, whose config.json is `kept`, keeps its images."""
+    size, before = kept["batch_size"], kept["environment"]["processes"]
+    images = size * kept["accumulate"] * before
+    if images % world():
+        raise InputError(
+            f"--resume: the {before} processes of {config.out} made steps of {images} images, "
+            f"which {world()} cannot share"
+        )
+    share = images // world()
+    size = max(part for part in range(1, min(size, share) + 1) if share % part == 0)
+    return size, share // size
 
 
 def fitting_size(attempt: Callable[[int], None], most: int, device: torch.device) -> int:
@@ -95,9 +110,7 @@ def kept_for_backward(work: Callable[[], None]) -> int:
     return sum(storages.values())
 
 
-def try_step(
-    model: nn.Module, step: Callable, batch: dict[str, Any], config: TrainConfig, accelerator: Accelerator
-) -> None:
+def try_step(model: nn.Module, step: Callable, batch: dict[str, Any], accelerator: Accelerator) -> None:
     """One step of the optimizer on a copy of the model."""
     probe = copy.deepcopy(model).to(accelerator.device).train()
     optimizer = torch.optim.Adam([parameter for parameter in probe.parameters() if parameter.requires_grad], lr=0)

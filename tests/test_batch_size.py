@@ -1,4 +1,4 @@
-"""utils/memory.py: `--batch-size auto`."""
+"""utils/batch_size.py: `--batch-size auto`, and steps that processes share anew."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ import torch
 from tests.conftest import TINY, run
 from tests.test_train import assert_same_weights, segmentation_step, train
 from unet.model import UNet
-from utils import memory
+from utils import batch_size
+from utils.batch_size import fitting_size, kept_for_backward, shared_anew
+from utils.config import TrainConfig
 from utils.files import InputError
 from utils.helper import load_checkpoint
-from utils.memory import fitting_size, kept_for_backward
 
 CUDA = torch.device("cuda")  # that there is none here does not matter
 
 
 def test_it_is_the_run_with_the_numbers_that_it_finds(prepared, tmp_path, monkeypatch):
     """With memory for five images, the eight that there are make a step in two batches of four."""
-    monkeypatch.setattr(memory, "fitting_size", lambda *_: 5)
+    monkeypatch.setattr(batch_size, "fitting_size", lambda *_: 5)
     settings = {"epochs": 2, "patience": 0, "limit": 8}  # 4 dogs and as many cats to train
     auto = train(prepared, tmp_path / "auto", batch_size="auto", **settings)
     kept = json.loads((tmp_path / "auto/config.json").read_text())
     assert (kept["batch_size"], kept["accumulate"]) == (4, 2)
     assert_same_weights(auto, train(prepared, tmp_path / "given", batch_size=4, accumulate=2, **settings))
-    monkeypatch.setattr(memory, "fitting_size", lambda *_: 1)
+    monkeypatch.setattr(batch_size, "fitting_size", lambda *_: 1)
     again = train(prepared, tmp_path / "auto", batch_size="auto", **{**settings, "epochs": 3}, resume=True)
     assert again["config"]["batch_size"] == 4, "a resumed run keeps what it had"
 
@@ -67,9 +68,9 @@ def test_a_cpu_counts_what_the_backward_pass_keeps(monkeypatch):
     assert one == 4000
     for free, found in ((2 * 10 * one, 10), (2 * one, 1), (1000 * one, 64)):
         state = namedtuple("memory", "available")(free)
-        monkeypatch.setattr(memory.psutil, "virtual_memory", lambda state=state: state)
+        monkeypatch.setattr(batch_size.psutil, "virtual_memory", lambda state=state: state)
         assert fitting_size(attempt, 64, torch.device("cpu")) == found
-    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: namedtuple("memory", "available")(one))
+    monkeypatch.setattr(batch_size.psutil, "virtual_memory", lambda: namedtuple("memory", "available")(one))
     with pytest.raises(InputError, match="not even one image fits"):
         fitting_size(attempt, 64, torch.device("cpu"))
 
@@ -81,6 +82,20 @@ def test_a_larger_network_keeps_more():
         return kept_for_backward(lambda: segmentation_step(model, batch).loss.backward())
 
     assert kept(16) > 2 * kept(4)
+
+
+@pytest.mark.parametrize(
+    ("size", "accumulate", "before", "now", "expected"),
+    [(16, 1, 4, 4, (16, 1)), (16, 1, 4, 1, (16, 4)), (64, 1, 1, 4, (16, 1)), (10, 2, 3, 4, (5, 3)), (8, 1, 1, 3, None)],
+)
+def test_a_step_keeps_its_images(size, accumulate, before, now, expected, monkeypatch):
+    monkeypatch.setattr(batch_size, "world", lambda: now)
+    kept = {"batch_size": size, "accumulate": accumulate, "environment": {"processes": before}}
+    if expected:
+        assert shared_anew(kept, TrainConfig()) == expected
+    else:
+        with pytest.raises(InputError, match=r"the 1 processes of .* made steps of 8 images, which 3 cannot share"):
+            shared_anew(kept, TrainConfig())
 
 
 def test_the_script(prepared, tmp_path):
