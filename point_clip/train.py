@@ -91,6 +91,9 @@ def main() -> None:
 def start_from(config: Config, options: dict[str, Any]) -> tuple[PointClip, dict[str, Any]]:
     """A model with the trained parts of `--clip-seg`, and the plain values that describe its encoder.
 
+    A disk's features start from the segmenter's knowledge of the pet: clicks on a background that looks like the pet, or
+    the other way round, are what goes wrong most, and the segmenter knows most of them.
+
     InputError for a flag that asks for another CLIP or decoder than the checkpoint's.
     """
     import torch
@@ -111,6 +114,8 @@ def start_from(config: Config, options: dict[str, Any]) -> tuple[PointClip, dict
     model = PointClip(segmenter.encoder, **options)
     if options["encoding"] == "disk":
         model.project, model.decoder = segmenter.project, segmenter.decoder
+        with torch.no_grad():  # what is compared with the click starts as what the segmenter tells apart: pet or not
+            model.reduce[0].weight += segmenter.head.weight[1:].mean(dim=0) - segmenter.head.weight[0]
     return model, its["encoder"]
 
 
