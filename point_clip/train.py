@@ -91,8 +91,8 @@ def main() -> None:
 def start_from(config: Config, options: dict[str, Any]) -> tuple[PointClip, dict[str, Any]]:
     """A model with the trained parts of `--clip-seg`, and the plain values that describe its encoder.
 
-    A disk's features start from the segmenter's knowledge of the pet: clicks on a background that looks like the pet, or
-    the other way round, are what goes wrong most, and the segmenter knows most of them.
+    A disk's features start from the segmenter's classes: clicks on a background that looks like the pet, or the other
+    way round, are what goes wrong most, and the segmenter has most of them right.
 
     InputError for a flag that asks for another CLIP or decoder than the checkpoint's.
     """

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from clip_seg.model import ClipEncoder, ClipSegmenter, make_encoder
+from clip_seg.model import ClipEncoder, ClipSegmenter, build_segmenter, make_encoder
 from dataset.pet import find_records, make_test_loader
 from dataset.pet_heatmap import Click, read_points
 from point_clip.model import PointClip, build_point_clip, draw_disks, features_at
@@ -325,6 +325,22 @@ def test_it_starts_from_the_segmenter(segmenter, prepared, tmp_path):
         same = [key in last["model"] and torch.equal(last["model"][key], start["model"][key]) for key in taken]
         # A heatmap's decoder has twice the inputs and is its own.
         assert taken and (all(same) if encoding == "disk" else not any(same))
+
+
+def test_what_is_compared_with_the_click_starts_as_the_segmenters_classes(segmenter):
+    checkpoint = load_checkpoint(segmenter, "clip_seg")
+    checkpoint["model"]["head.weight"] *= 1000  # beside the random start of the other weights
+    save_checkpoint(segmenter, checkpoint)
+    start, _ = load_model(segmenter, build_segmenter, "clip_seg", torch.device("cpu"))
+    model, _ = start_from(Config(clip_seg=segmenter), {"encoding": "disk", "base_channels": 2, "skips": True})
+    image = torch.rand(2, 3, 64, 64)
+    with torch.inference_mode():
+        (features,) = model.eval().encode(image)
+        *shallower, tokens = start.encoder(image)
+        logits = start.head(start.decoder(start.project(tokens), shallower))
+        pet = logits[:, 1:].mean(dim=1, keepdim=True) - logits[:, :1]
+    scaled = (pet - pet.mean(dim=(2, 3), keepdim=True)) / pet.std(dim=(2, 3), keepdim=True)
+    assert (features - scaled).abs().mean() < 0.02
 
 
 def test_a_start_from_another_model_is_refused(segmenter, tmp_path):
