@@ -72,6 +72,31 @@ def make_point_clip(folder: Path, clip: Path) -> Path:
 
 
 @pytest.mark.parametrize(
+    ("script", "flags", "folder"),
+    [
+        ("unet", [], ""),
+        ("autoencoder", ["--pretrain-epochs", 1], "segmentation"),
+        ("clip_seg", ["--skips"], ""),
+        ("point_clip", ["--point-encoding", "disk", "--freeze-encoder"], ""),
+    ],
+)
+def test_two_processes_train_one_model(prepared, clip_folder, tmp_path, script, flags, folder):
+    """Two epochs: a parameter without a gradient would show in the second."""
+    clip = ["--clip-model", clip_folder] if "clip" in script else []
+    result = run(
+        *TORCHRUN, ROOT / script / "train.py", "--data", prepared, "--out", tmp_path / "run", "--epochs", 2,
+        "--batch-size", 3, "--val-fraction", 0.25, "--image-size", 32, "--base-channels", 2, "--workers", 0,
+        "--device", "cpu", *flags, *clip, module=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("synthetic drawings") == 1, "one process speaks"
+    out = tmp_path / "run" / folder
+    assert len(list(csv.DictReader((out / "log.csv").open()))) == 2
+    assert json.loads((out / "config.json").read_text())["environment"]["processes"] == 2
+    assert load_checkpoint(out / "last.pt", script)["epoch"] == 2
+
+
+@pytest.mark.parametrize(
     ("script", "make", "files"),
     [
         ("unet", make_unet, ["images.csv", "confusion.png", "predictions.png", "robustness.csv", "robustness.png"]),

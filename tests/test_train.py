@@ -265,17 +265,6 @@ def test_out_that_cannot_be_a_folder(prepared, tmp_path):
     assert result.returncode == 1 and str(tmp_path / "file") in result.stderr and "Traceback" not in result.stderr
 
 
-def test_two_processes_train_one_model(prepared, tmp_path):
-    result = run(
-        "torch.distributed.run", "--standalone", "--nproc-per-node", 2, ROOT / "unet/train.py",
-        "--data", prepared, "--out", tmp_path / "run", "--epochs", 2, "--batch-size", 3, "--val-fraction", 0.25,
-        "--image-size", 32, "--base-channels", 2, "--workers", 0, "--device", "cpu", module=True,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert len(list(csv.DictReader((tmp_path / "run/log.csv").open()))) == 2
-    assert load_checkpoint(tmp_path / "run/last.pt", "unet")["epoch"] == 2
-
-
 WITHOUT_BATCH_NORM = """
 import sys
 from pathlib import Path
