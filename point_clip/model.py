@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from clip_seg.model import LEVELS, ClipEncoder, Decoder, rebuild_encoder
 from utils.dataset_prep import gaussian_heatmaps
 from utils.files import InputError
-from utils.layers import DoubleConv
+from utils.layers import ClassHead, DoubleConv
 
 RADIUS = 5 / 256  # of a click's disk, as a share of the image's edge
 CLICK_CHANNELS = 16
@@ -49,11 +49,9 @@ class PointClip(nn.Module):
         else:
             self.project = nn.Conv2d(encoder.channels, base_channels * 2**LEVELS, 1)
             self.decoder = Decoder(base_channels * 2**LEVELS, skip_channels=skip_channels)
-            # Every channel centered within its image, so that the product of two places' features is positive where
-            # they are alike. (Batch norm's running mean lags behind features that change fast.)
-            self.reduce = nn.Sequential(
-                nn.Conv2d(base_channels, CLICK_CHANNELS, 1), nn.GroupNorm(CLICK_CHANNELS, CLICK_CHANNELS)
-            )
+            # Between -1 and 1, and 0 on average at the start (see ClassHead), so that the product of two places' features
+            # is positive where they are alike.
+            self.reduce = nn.Sequential(ClassHead(base_channels, CLICK_CHANNELS), nn.Tanh())
             self.head = ClickHead(CLICK_CHANNELS)
 
     def encode(self, image: Tensor) -> list[Tensor]:
@@ -122,6 +120,7 @@ class ClickHead(nn.Module):
         super().__init__()
         self.compare = DoubleConv(3 * channels + 2, channels)
         self.classify = nn.Conv2d(channels, 1, 1)
+        self.scale = nn.Parameter(torch.tensor(4.0))
 
     def forward(self, features: Tensor, place: Tensor, avoid: Tensor | None = None) -> Tensor:
         parts, disks = [features], []
@@ -129,7 +128,7 @@ class ClickHead(nn.Module):
             parts.append(features * features_at(features, click))
             disks.append(draw_disks(click, *features.shape[-2:]))
         alike = parts[1].mean(dim=1, keepdim=True)  # (N, 1, h, w)
-        return alike + self.classify(self.compare(torch.cat([*parts, *disks], dim=1)))
+        return self.scale * alike + self.classify(self.compare(torch.cat([*parts, *disks], dim=1)))
 
 
 def features_at(features: Tensor, place: Tensor) -> Tensor:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from point_clip.model import PointClip
 
 
+SOFTER = 0.2  # a segmenter's logits are large where it is sure, and what saturates does not learn
+
+
 @dataclass
 class Config(ClipConfig):
     """The flags of the models on CLIP, and how the click is shown."""
@@ -115,7 +118,8 @@ def start_from(config: Config, options: dict[str, Any]) -> tuple[PointClip, dict
     if options["encoding"] == "disk":
         model.project, model.decoder = segmenter.project, segmenter.decoder
         with torch.no_grad():  # what is compared with the click starts as what the segmenter tells apart: pet or not
-            model.reduce[0].weight += segmenter.head.weight[1:].mean(dim=0) - segmenter.head.weight[0]
+            for compared, classes in zip(model.reduce[0].parameters(), segmenter.head.parameters()):
+                compared += SOFTER * (classes[1:].mean(dim=0) - classes[0])
     return model, its["encoder"]
 
 
