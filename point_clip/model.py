@@ -49,7 +49,7 @@ class PointClip(nn.Module):
         else:
             self.project = nn.Conv2d(encoder.channels, base_channels * 2**LEVELS, 1)
             self.decoder = Decoder(base_channels * 2**LEVELS, skip_channels=skip_channels)
-            # Between -1 and 1, and 0 on average at the start (see ClassHead), so that the product of two places' features
+            # Between -1 and 1, and 0 on average at the start (see ClassHead): the product of the features of two places
             # is positive where they are alike.
             self.reduce = nn.Sequential(ClassHead(base_channels, CLICK_CHANNELS), nn.Tanh())
             self.head = ClickHead(CLICK_CHANNELS)
