@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -348,6 +349,21 @@ def test_a_cosine_schedule_also_when_resumed(prepared, tmp_path):
         train(prepared, stopped, epochs=4, step=stop_in_third_epoch, **settings)
     assert load_checkpoint(stopped / "last.pt", "unet")["epoch"] == 2
     assert_same_weights(straight, train(prepared, stopped, epochs=4, resume=True, **settings))
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler here")
+def test_compiled_it_is_the_same_run(prepared, tmp_path):
+    def run_with(**settings) -> dict:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 1))
+        # All images in a batch: another size would be compiled again.
+        return train(prepared, tmp_path / str(settings), model=model, epochs=2, batch_size=12, **settings)
+
+    plain, fast = run_with(), run_with(compile=True)
+    assert fast["model"].keys() == plain["model"].keys(), "the names are those of the model itself"
+    for one, two in zip(plain["log"], fast["log"], strict=True):
+        for loss in ("train_loss", "val_loss"):
+            assert two[loss] == pytest.approx(one[loss], rel=1e-4)
 
 
 def test_compile_without_a_compiler(prepared, tmp_path, monkeypatch):
