@@ -7,7 +7,6 @@ on when it is started again with the same flags. Writes study.json (every run) a
 
 from __future__ import annotations
 
-import os
 import statistics
 import sys
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from typing import Any, Literal
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils.config import flag, parse, run_script, to_json
+from utils.config import WORKERS, flag, parse, run_script, to_json
 from utils.files import read_json, write_bytes, write_json
 from utils.study import last_stage, open_study, train_and_test
 
@@ -38,7 +37,7 @@ class Config:
     image_size: int = flag(256, "edge in pixels of the square that images are resized to", low=32)
     base_channels: int = flag(64, "channels of the first level, of the encoder and of the U-Net", low=2)
     batch_size: int = flag(64, "images per step", low=1)
-    workers: int = flag(min(8, os.cpu_count() or 1), "processes that load and augment (0: none)", low=0)
+    workers: int = flag(WORKERS, "processes that load and augment (0: none)", low=0)
     device: Literal["auto", "cpu", "cuda", "mps"] = flag("auto", "where to train")
 
 

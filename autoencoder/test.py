@@ -38,7 +38,7 @@ def main() -> None:
     from dataset.pet import is_synthetic, make_test_loader
     from utils.evaluation import results_folder, score, segment_pictures
     from utils.helper import load_model
-    from utils.processes import join
+    from utils.processes import join, rank
 
     check_flags(config)
     device = join(config.device)
@@ -52,7 +52,8 @@ def main() -> None:
     autoencoder = None
     if encoder == "random" or (config.reconstruction is None and not first.exists()):
         why = "the encoder was never trained" if encoder == "random" else f"{first} is not there"
-        print(f"the reconstruction is not scored: {why}", file=sys.stderr)
+        if rank() == 0:
+            print(f"the reconstruction is not scored: {why}", file=sys.stderr)
     else:
         autoencoder, _ = load_model(first, Autoencoder, "autoencoder/reconstruction", device)
         state = autoencoder.encoder.state_dict()

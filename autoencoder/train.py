@@ -54,6 +54,7 @@ def main() -> None:
     from autoencoder.model import Autoencoder, AutoencoderSegmenter, Encoder
     from autoencoder.reconstruction import ReconstructionLoss
     from dataset.pet import make_train_loaders
+    from utils.batch_size import starting_cut
     from utils.dataset import CLASSES
     from utils.helper import load_model, seed_everything
     from utils.loss import SegmentationLoss
@@ -69,16 +70,6 @@ def main() -> None:
         logits = model(batch["image"])
         return StepOutput(criterion(logits, batch["mask"]), logits, batch["mask"])
 
-    first = dataclasses.replace(
-        config,
-        out=config.out / "reconstruction",
-        epochs=config.pretrain_epochs,
-        lr=config.pretrain_lr,
-        min_delta=config.pretrain_min_delta,
-    )
-    second = dataclasses.replace(config, out=config.out / "segmentation")
-    second_began = (second.out / "last.pt").exists()
-
     def load_encoder(path):
         model, checkpoint = load_model(path, Autoencoder, "autoencoder/reconstruction", torch.device("cpu"))
         width = checkpoint["model_args"]["base_channels"]
@@ -92,6 +83,18 @@ def main() -> None:
     if (config.out / "last.pt").exists():
         raise InputError(f"{config.out} is one stage of a run: give the whole run, --out {config.out.parent}")
     accelerator = make_accelerator(config)
+    cut = starting_cut(config)
+    stage = dataclasses.replace(config, **({"batch_size": cut.batch_size, "accumulate": cut.accumulate} if cut else {}))
+    first = dataclasses.replace(
+        stage,
+        out=config.out / "reconstruction",
+        epochs=config.pretrain_epochs,
+        lr=config.pretrain_lr,
+        min_delta=config.pretrain_min_delta,
+    )
+    second = dataclasses.replace(stage, out=config.out / "segmentation")
+    second_began = (second.out / "last.pt").exists()
+
     train_loader, val_loader, split = make_train_loaders(config)
     model_args = {"base_channels": config.base_channels}
 
@@ -119,7 +122,7 @@ def main() -> None:
             "Put it back, or start anew with another --out"
         )
     if accelerator.is_main_process:
-        claim_run(config)
+        claim_run(config, step=cut and cut._asdict())
     if encoder is None:
         if not second_began:
             train(Autoencoder(**model_args), reconstruct, first, "autoencoder/reconstruction", model_args)

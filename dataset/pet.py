@@ -315,10 +315,10 @@ def make_train_loaders(
         log.info("%s holds synthetic drawings: scores on them compare with nothing", config.data)
     train, val = split_records(records, config.val_fraction, config.seed)
     samples = balance(records, train)
-    # "auto" starts from here, or from all images, and utils/batch_size.py cuts it into parts that fit.
-    batch_size = min(64, len(samples) // world()) if config.batch_size == "auto" else config.batch_size
+    # What fits, or how a resumed run's step is shared, is known when the model is (utils/batch_size.py).
+    batch_size = 1 if config.batch_size == "auto" else config.batch_size
     together = batch_size * world()
-    if len(samples) < together and not config.resume:  # then the step is shared anew
+    if len(samples) < together and not config.resume:
         raise InputError(
             f"{len(samples)} training images (after balancing) are fewer than a batch of {together}: "
             f"use --batch-size {len(samples) // world()} or less, or more images."

@@ -158,7 +158,7 @@ def test_more_processes_than_devices(monkeypatch):
     assert pick_device("auto").type == "cuda"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert pick_device("cpu").type == "cpu"
-    with pytest.raises(InputError, match=r"2 processes were started, but there are 1 devices of --device cuda"):
+    with pytest.raises(InputError, match=r"2 processes were started on this machine, which has 1 for --device cuda"):
         pick_device("auto")
 
 

@@ -27,6 +27,10 @@ Config = TypeVar("Config")
 RESUMABLE = {"resume", "data", "epochs", "patience", "workers", "device", "compile", "out"}
 
 
+# Of several processes on this machine each has its share of the cores.
+WORKERS = min(8, max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
 def flag(default: Any, help: str, *, low: float = -math.inf, high: float = math.inf, **metadata: Any) -> Any:
     """A dataclass field that is a flag: `low` and `high` are the smallest and largest value allowed."""
     return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, **metadata})
@@ -58,7 +62,7 @@ class TrainConfig:
     out: Path = flag(Path("runs/model"), "folder of this run")
     epochs: int = flag(50, "most passes over the training images", low=1)
     batch_size: int = flag(
-        64, "images per batch and process, or 'auto': 64 a step, accumulated from what fits in memory", parse=batch_size
+        64, "images per batch and process, or 'auto': steps of 64, accumulated from what fits in memory", parse=batch_size
     )
     accumulate: int = flag(1, "batches whose gradients make one step of the optimizer: less memory", low=1)
     lr: float = flag(1e-4, "learning rate of Adam", low=0)
@@ -72,7 +76,7 @@ class TrainConfig:
     val_fraction: float = flag(0.1, "share of TrainVal kept for validation", low=0.001, high=0.9)
     patience: int = flag(3, "stop after so many epochs without a better validation loss (0: never)", low=0)
     min_delta: float = flag(1e-3, "what counts as better: a validation loss lower by at least this", low=0)
-    workers: int = flag(min(8, os.cpu_count() or 1), "processes that load and augment (0: none)", low=0)
+    workers: int = flag(WORKERS, "processes that load and augment (0: none)", low=0)
     seed: int = flag(0, "seeds the weights, the split, the order and the augmentation", low=0, high=2**32 - 1)
     device: Literal["auto", "cpu", "cuda", "mps"] = flag("auto", "where to train")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = flag(
@@ -95,7 +99,7 @@ class TestConfig:
     score_size: str = flag(
         "native", "'native' (each image's own size) or the edge in pixels to score at", parse=score_size
     )
-    workers: int = flag(min(8, os.cpu_count() or 1), "processes that load images (0: none)", low=0)
+    workers: int = flag(WORKERS, "processes that load images (0: none)", low=0)
     device: Literal["auto", "cpu", "cuda", "mps"] = flag("auto", "where to run the model")
     limit: int | None = flag(None, "score only so many images, spread over both species", low=1)
     images: list[Path] | None = flag(
@@ -186,7 +190,10 @@ def run_script(main: Callable[[], int | None]) -> None:
     for package in ("utils", "dataset"):  # our own news, not the libraries'; of several processes the first one's
         logging.getLogger(package).setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     try:
-        sys.exit(main())
+        code = main()
+        if processes := sys.modules.get("utils.processes"):  # heavy, and of no concern where it was not used
+            processes.leave()
+        sys.exit(code)
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
     except RuntimeError as error:

@@ -32,7 +32,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     A reader, or a process that takes over after a kill, sees the old file or the new one, never a part of one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name[:200]}.{os.getpid()}.tmp")
+    unique = f"{os.getpid()}{time.time_ns()}"  # also among the machines that share a folder
+    temporary = path.with_name(f".{path.name[:200]}.{unique}.tmp")
     try:
         yield temporary
         temporary.replace(path)

@@ -38,8 +38,8 @@ def pick_device(name: str) -> torch.device:
     devices = {"cuda": torch.cuda.device_count(), "mps": 1, "cpu": processes}[name]
     if processes > devices:
         raise InputError(
-            f"{processes} processes were started, but there are {devices} devices of --device {name}: start {devices}, "
-            "or give --device cpu"
+            f"{processes} processes were started on this machine, which has {devices} for --device {name}: "
+            f"start {devices}, or give --device cpu"
         )
     return torch.device(name)
 

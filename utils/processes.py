@@ -1,11 +1,10 @@
 """Several processes that share the work, each with its share of the images: torchrun or accelerate launch starts them.
 
-A process that is alone has all of them, and nothing here does anything.
+A process that is alone has all of them: rank 0 of 1, and nothing to gather.
 """
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
 from collections.abc import Sequence
@@ -26,11 +25,15 @@ log = logging.getLogger(__name__)
 def join(device: str) -> torch.device:
     """Join the processes that were started together; returns the device of this one, as `--device` asks for."""
     state = PartialState(cpu=pick_device(device).type == "cpu")
-    if dist.is_initialized():
-        atexit.register(state.destroy_process_group)
-    elif "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
+    if not dist.is_initialized() and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
         log.warning("accelerate launch started one process only; on a CPU torchrun --nproc_per_node starts several")
     return state.device
+
+
+def leave() -> None:
+    """Part from the other processes when all is done. (After an error this could wait for them forever.)"""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def rank() -> int:

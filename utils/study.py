@@ -19,7 +19,7 @@ from typing import IO, Any, Literal
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils.config import flag, parse, run_script, to_json
+from utils.config import WORKERS, flag, parse, run_script, to_json
 from utils.files import InputError, read_json, write_json
 
 # name -> model and its own flags
@@ -63,7 +63,7 @@ class Config:
     clip_model: str = flag("openai/clip-vit-base-patch32", "a CLIP of the hub with a vision transformer, or a folder")
     clip_random_init: bool = flag(False, "start from random weights instead of CLIP's")
     perturb: bool = flag(True, "also test under the eight perturbations")
-    workers: int = flag(min(8, os.cpu_count() or 1), "processes that load and augment (0: none)", low=0)
+    workers: int = flag(WORKERS, "processes that load and augment (0: none)", low=0)
     device: Literal["auto", "cpu", "cuda", "mps"] = flag("auto", "where to train")
 
 

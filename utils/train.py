@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from utils.batch_size import settle_batch_size
+from utils.batch_size import find_cut, starting_cut
 from utils.config import TrainConfig, to_json
 from utils.dataset import CLASSES
 from utils.files import InputError, read_json, remove_leftovers, write_bytes, write_json
@@ -142,7 +142,9 @@ def fit(
     Raises InputError when `config.out` holds another run, or the loss is no longer finite (last.pt is then still good).
     """
     out, device, is_main = config.out, accelerator.device, accelerator.is_main_process
-    config = settle_batch_size(config, model, step, (train_loader, val_loader), accelerator)
+    cut = starting_cut(config) or find_cut(config, model, step, train_loader, accelerator)
+    for loader in (train_loader, val_loader):
+        loader.batch_sampler.batch_size = cut.batch_size
     model = synchronized(model, device)
     model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(
@@ -190,7 +192,7 @@ def fit(
 
     if is_main:
         environment = describe_environment(device) | {"processes": accelerator.num_processes}
-        claim_run(config, model_args=model_args, environment=environment)
+        claim_run(config, step=cut._asdict(), model_args=model_args, environment=environment)
         write_json(out / "split.json", split)
         if resumed is None:
             save_last(0, {})  # Ctrl-C in the first epoch leaves a run that resumes, too
@@ -204,7 +206,9 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, epoch)
             began = time.perf_counter()
-            train_loss, images = train_epoch(wrapped, step, train_loader, optimizer, accelerator, epoch, config)
+            train_loss, images = train_epoch(
+                wrapped, step, train_loader, optimizer, accelerator, epoch, config, accumulate=cut.accumulate
+            )
             seconds = time.perf_counter() - began
             # Unwrapped: processes may have different numbers of validation batches, and must not wait for each other.
             val_loss, confusion = validate(
@@ -293,11 +297,13 @@ def train_epoch(
     accelerator: Accelerator,
     epoch: int,
     config: TrainConfig,
+    *,
+    accumulate: int = 1,
 ) -> tuple[float, int]:
     """One pass over `loader`; returns the mean loss per image and the number of images, over all processes.
 
-    The gradient of a step is that of the mean over all its images, however they are cut into `config.accumulate`
-    batches and processes.
+    The gradient of a step is that of the mean over all its images, however they are cut into `accumulate` batches
+    and processes.
     """
     model.train()
     loader.batch_sampler.set_epoch(epoch)
@@ -313,8 +319,8 @@ def train_epoch(
         for number, batch in enumerate(loader):
             batch = to_device(batch, accelerator.device)
             size = len(batch["image"])
-            first = number - number % config.accumulate
-            together = sizes[first : first + config.accumulate]  # the batches of this step
+            first = number - number % accumulate
+            together = sizes[first : first + accumulate]  # the batches of this step
             ends = number + 1 == first + len(together)
             if number == first:
                 optimizer.zero_grad()
