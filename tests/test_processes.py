@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -209,6 +210,18 @@ def test_an_interrupted_group_ends_and_resumes_with_another_number_of_processes(
     rows = list(csv.DictReader((out / "log.csv").open()))
     assert [int(row["epoch"]) for row in rows] == list(range(1, stopped + 2))
     assert np.isfinite(float(rows[-1]["train_loss"]))
+
+
+def test_a_second_stage_with_another_number_of_processes(prepared, tmp_path):
+    flags = ["--data", prepared, "--out", tmp_path / "run", "--epochs", 1, "--pretrain-epochs", 1, *TINY]
+    first = run(*TORCHRUN, ROOT / "autoencoder/train.py", *flags, module=True)
+    assert first.returncode == 0, first.stderr
+    shutil.rmtree(tmp_path / "run/segmentation")
+    second = run("autoencoder/train.py", *flags, "--resume")
+    assert second.returncode == 0, second.stderr
+    for folder in ("", "reconstruction", "segmentation"):
+        step = json.loads((tmp_path / "run" / folder / "config.json").read_text())["step"]
+        assert step == {"batch_size": 4, "accumulate": 2, "processes": 1}, folder
 
 
 DYING = """

@@ -62,7 +62,7 @@ class TrainConfig:
     out: Path = flag(Path("runs/model"), "folder of this run")
     epochs: int = flag(50, "most passes over the training images", low=1)
     batch_size: int = flag(
-        64, "images per batch and process, or 'auto': steps of 64, accumulated from what fits in memory", parse=batch_size
+        64, "images per batch and process, or 'auto': steps of 64, in batches that fit in memory", parse=batch_size
     )
     accumulate: int = flag(1, "batches whose gradients make one step of the optimizer: less memory", low=1)
     lr: float = flag(1e-4, "learning rate of Adam", low=0)
