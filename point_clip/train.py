@@ -32,7 +32,7 @@ class Config(ClipConfig):
         "heatmap", "the click as a Gaussian heatmap through CLIP (the report's), or as a small disk in the decoder"
     )
     clip_seg: Path | None = flag(
-        None, "start from the encoder, with a disk also from the decoder, of this checkpoint of clip_seg/train.py"
+        None, "start from this checkpoint of clip_seg/train.py: its encoder, with a disk also its decoder and classes"
     )
 
 
