@@ -36,22 +36,17 @@ def flag(default: Any, help: str, *, low: float = -math.inf, high: float = math.
     return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, **metadata})
 
 
-def score_size(text: str) -> str | int:
-    """`native`, or the edge in pixels at which predictions and labels are compared."""
-    if text == "native":
-        return text
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected 'native' or a positive number of pixels, got {text!r}")
-    return int(text)
+def number_or(word: str) -> Callable[[str], str | int]:
+    """Reads `word`, or a positive whole number."""
 
+    def read(text: str) -> str | int:
+        if text == word:
+            return text
+        if not text.isdigit() or int(text) < 1:
+            raise argparse.ArgumentTypeError(f"expected {word!r} or a positive number, got {text!r}")
+        return int(text)
 
-def batch_size(text: str) -> str | int:
-    """`auto`, or the number of images."""
-    if text == "auto":
-        return text
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected 'auto' or a positive number of images, got {text!r}")
-    return int(text)
+    return read
 
 
 @dataclass
@@ -62,7 +57,9 @@ class TrainConfig:
     out: Path = flag(Path("runs/model"), "folder of this run")
     epochs: int = flag(50, "most passes over the training images", low=1)
     batch_size: int = flag(
-        64, "images per batch and process, or 'auto': steps of 64, in batches that fit in memory", parse=batch_size
+        64,
+        "images per batch and process, or 'auto': steps of 64, in batches that fit in memory",
+        parse=number_or("auto"),
     )
     accumulate: int = flag(1, "batches whose gradients make one step of the optimizer: less memory", low=1)
     lr: float = flag(1e-4, "learning rate of Adam", low=0)
@@ -97,7 +94,7 @@ class TestConfig:
     out: Path | None = flag(None, "folder for the results (default: test/ beside the checkpoint)")
     batch_size: int = flag(32, "images per forward pass", low=1)
     score_size: str = flag(
-        "native", "'native' (each image's own size) or the edge in pixels to score at", parse=score_size
+        "native", "'native' (each image's own size) or the edge in pixels to score at", parse=number_or("native")
     )
     workers: int = flag(WORKERS, "processes that load images (0: none)", low=0)
     device: Literal["auto", "cpu", "cuda", "mps"] = flag("auto", "where to run the model")
