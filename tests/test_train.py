@@ -276,6 +276,7 @@ from torch import nn
 from dataset.pet import make_train_loaders
 from utils.config import TrainConfig, parse
 from utils.loss import SegmentationLoss
+from utils.processes import leave
 from utils.train import StepOutput, fit, make_accelerator
 
 config = parse(TrainConfig, "", sys.argv[2:])
@@ -292,6 +293,7 @@ def step(model, batch):
 
 fit(model, step, train_loader, val_loader, config,
     accelerator=accelerator, model_name="unet", model_args={}, split=split)
+leave()
 """
 
 
