@@ -117,15 +117,15 @@ def bench_parts(base: Path, repeats: int) -> dict:
 
         return run
 
-    def each(work: Callable[[int], object]) -> Callable[[], None]:
-        return lambda: [work(index) for index in positions] and None
+    def each(work: Callable[[int], object]) -> Callable[[], object]:
+        return lambda: [work(index) for index in positions]
 
     works = {
         "before/read, decode, resize": each(lambda index: plain_load(records[index])),
         "after/read from the cache": each(lambda index: cache[index]),
     }
     for when, transforms in (("before", plain_transform()), ("after", train_transform())):
-        works |= {f"{when}/{type(one).__mro__[0].__name__}": apply(one) for one in transforms.transforms}
+        works |= {f"{when}/{type(one).__name__}": apply(one) for one in transforms.transforms}
         works[f"{when}/to tensors"] = each(lambda index: to_tensors(*pairs[index]))
     plain = Plain(records)
     ours = PetDataset(records, SIZE, cache=cache, transform=train_transform())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from point_clip.scoring import answer_clicks
 from unet.model import UNet
 from utils.config import TestConfig, TrainConfig
 from utils.evaluation import evaluate
+from utils.files import InputError
 from utils.helper import to_device
 from utils.loss import cross_entropy
 from utils.metric import count_confusion
@@ -132,20 +134,25 @@ def bench_models(base: Path, repeats: int) -> dict:
                 optimizer.step()
             synchronize(device)
 
-        peak = peak_memory(device, lambda model=model, train=train: train(model, None))
-        fast = compiled(model, device)
-        seconds = in_turn(
-            repeats,
-            fp32=lambda model=model, train=train: train(model, None),
-            bf16=lambda model=model, train=train: train(model, torch.bfloat16),
-            compiled=lambda fast=fast, train=train: train(fast, None),
-        )
+        works: dict[str, Callable[[], None]] = {
+            "fp32": lambda model=model, train=train: train(model, None),
+            "bf16": lambda model=model, train=train: train(model, torch.bfloat16),
+        }
+        peak = peak_memory(device, works["fp32"])
+        with suppress(InputError):  # a machine without a compiler has the other figures
+            fast = compiled(model, device)
+            works["compiled"] = lambda fast=fast, train=train: train(fast, None)
+        seconds = in_turn(repeats, **works)
+
+        def faster(than_fp32: str, seconds: dict[str, list[float]] = seconds) -> dict[str, float]:
+            return spread([one / other for one, other in zip(seconds["fp32"], seconds[than_fp32])], 2)
+
         figures[name] = {
             "train_images_per_second": {
                 key: spread([rounds * count / value for value in values], 1) for key, values in seconds.items()
             },
-            "bf16_to_fp32": spread([one / other for one, other in zip(seconds["fp32"], seconds["bf16"])], 2),
-            "compiled_to_eager": spread([one / other for one, other in zip(seconds["fp32"], seconds["compiled"])], 2),
+            "bf16_to_fp32": faster("bf16"),
+            "compiled_to_eager": faster("compiled") if "compiled" in seconds else None,
             "train_MiB": peak,
         }
         if step is not reconstruct:

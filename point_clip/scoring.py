@@ -68,15 +68,15 @@ def score_clicks(
     records = loader.dataset.records
     fixed, photos = read_points(records), [picture_size(record.image) for record in records]
     size = checkpoint["config"]["image_size"]
-    numbers = {record.name: number for number, record in enumerate(records)}
+    index_of = {record.name: index for index, record in enumerate(records)}
     answers: list[ImageAnswer] = []
     began = time.perf_counter()
     for batch in tqdm(loader, desc="test", leave=False, disable=rank() != 0):
         features = model.encode(to_device(batch, device)["image"])
         for position, (name, label) in enumerate(zip(batch["name"], batch["label"])):
-            number = numbers[name]
-            clicks = [in_label(click, photos[number], label.shape) for click in fixed[number]]
-            more = draw_clicks(label, np.random.default_rng([0, number]))
+            index = index_of[name]
+            clicks = [in_label(click, photos[index], label.shape) for click in fixed[index]]
+            more = draw_clicks(label, np.random.default_rng([0, index]))
             image_features = [part[position : position + 1] for part in features]
             answer, masks = answer_image(model, image_features, label, clicks, more, size)
             answers.append(answer)

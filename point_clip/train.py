@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from point_clip.model import PointClip
 
 
-SOFTER = 0.2  # a segmenter's logits are large where it is sure, and what saturates does not learn
+START_SCALE = 0.2  # a segmenter's logits are large where it is sure, and what saturates does not learn
 
 
 @dataclass
@@ -119,7 +119,7 @@ def start_from(config: Config, options: dict[str, Any]) -> tuple[PointClip, dict
         model.project, model.decoder = segmenter.project, segmenter.decoder
         with torch.no_grad():  # what is compared with the click starts as what the segmenter tells apart: pet or not
             for compared, classes in zip(model.reduce[0].parameters(), segmenter.head.parameters()):
-                compared += SOFTER * (classes[1:].mean(dim=0) - classes[0])
+                compared += START_SCALE * (classes[1:].mean(dim=0) - classes[0])
     return model, its["encoder"]
 
 

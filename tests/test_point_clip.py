@@ -19,7 +19,7 @@ from dataset.pet import find_records, make_test_loader
 from dataset.pet_heatmap import Click, read_points
 from point_clip.model import PointClip, build_point_clip, draw_disks, features_at
 from point_clip.scoring import draw_clicks, flipped, score_clicks, with_mark
-from point_clip.train import SOFTER, Config, start_from
+from point_clip.train import START_SCALE, Config, start_from
 from tests.conftest import TINY, TINY_CLIP, run
 from utils.config import TestConfig as ScoreConfig
 from utils.dataset import pet_pixels
@@ -339,7 +339,7 @@ def test_what_is_compared_with_the_click_starts_as_the_segmenters_classes(segmen
         *shallower, tokens = start.encoder(image)
         logits = start.head(start.decoder(start.project(tokens), shallower))
         pet = logits[:, 1:].mean(dim=1, keepdim=True) - logits[:, :1]
-    expected = (SOFTER * pet).tanh().expand_as(features)
+    expected = (START_SCALE * pet).tanh().expand_as(features)
     assert expected.abs().max() > 0.05 and (features - expected).abs().max() < 0.01
 
 

@@ -26,7 +26,6 @@ Config = TypeVar("Config")
 # What a resumed run may change: how it is run and how long, not what is learned.
 RESUMABLE = {"resume", "data", "epochs", "patience", "workers", "device", "compile", "out"}
 
-
 # Of several processes on this machine each has its share of the cores.
 WORKERS = min(8, max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
