@@ -15,13 +15,13 @@ demo: $(READY)
 		--image-size 96 --base-channels 16 --batch-size 8 --lr 1e-3 --epochs 18 --patience 0
 	$(BIN)/python unet/test.py --data $(DEMO)/data --checkpoint $(DEMO)/unet/best.pt --device cpu
 
-# The whole study, on DATA; more flags of utils/study.py in FLAGS.
+# The whole study, on DATA; more flags of study/run.py in FLAGS.
 study: $(READY)
-	$(BIN)/python utils/study.py --data $(DATA) $(FLAGS)
+	$(BIN)/python study/run.py --data $(DATA) $(FLAGS)
 
 # Tables and figures of tested runs: make report RUNS="runs/unet runs/clip_seg"
 report: $(READY)
-	$(BIN)/python utils/report.py $(RUNS) $(FLAGS)
+	$(BIN)/python study/report.py $(RUNS) $(FLAGS)
 
 install: $(READY)
 

@@ -18,11 +18,11 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from tqdm import tqdm
 
 from utils.config import weighted_terms
+from utils.distributed import add_up, gather_samples, rank
 from utils.evaluation import pick_examples
 from utils.files import write_json
 from utils.helper import to_device
 from utils.plot import plot_pictures
-from utils.processes import add_up, gather_samples, rank
 
 
 def psnr(prediction: Tensor, target: Tensor) -> Tensor:

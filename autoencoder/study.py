@@ -17,9 +17,9 @@ from typing import Any, Literal
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from study.run import last_stage, open_study, train_and_test
 from utils.config import WORKERS, flag, parse, run_script, to_json
 from utils.files import read_json, write_bytes, write_json
-from utils.study import last_stage, open_study, train_and_test
 
 ENCODERS = ("random", "mse", "ssim", "edge")
 

@@ -36,9 +36,9 @@ def main() -> None:
     from autoencoder.reconstruction import score_reconstruction
     from dataset.perturbation import check_flags, make_damage
     from dataset.pet import is_synthetic, make_test_loader
+    from utils.distributed import join, rank
     from utils.evaluation import results_folder, score, segment_pictures
     from utils.helper import load_model
-    from utils.processes import join, rank
 
     check_flags(config)
     device = join(config.device)

@@ -37,8 +37,8 @@ SCRIPTS = (
     "point_clip/test.py",
     "dataset/exploration.py",
     "dataset/perturbation.py",
-    "utils/report.py",
-    "utils/study.py",
+    "study/report.py",
+    "study/run.py",
 )
 PARTS = (
     "start_up_seconds", "preparation", "loader", "loader_parts", "train_step", "train_step_parts", "models", "clip",

@@ -29,9 +29,9 @@ def main() -> None:
     from clip_seg.model import build_segmenter, moved
     from dataset.perturbation import check_flags, make_damage
     from dataset.pet import is_synthetic, make_test_loader
+    from utils.distributed import join
     from utils.evaluation import score, segment_pictures
     from utils.helper import load_model
-    from utils.processes import join
 
     check_flags(config)
     device = join(config.device)

@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from dataset.augmentation import augment, train_transform
 from utils.dataset import CLASSES, SPECIES, decode_label, resize_image, resize_mask
+from utils.distributed import rank, world
 from utils.files import InputError, atomic_path, load_picture, locked, read_json, remove_leftovers
-from utils.processes import rank, world
 
 log = logging.getLogger(__name__)
 

@@ -20,6 +20,7 @@ from point_clip.model import CLASS_NAMES, PointClip
 from utils.config import TestConfig
 from utils.dataset import overlay, pet_pixels, rescale_point, to_rgb
 from utils.dataset_prep import random_pixel
+from utils.distributed import gather_samples, rank
 from utils.evaluation import (
     SYNTHETIC_NOTE,
     Answer,
@@ -36,7 +37,6 @@ from utils.files import load_picture, write_json
 from utils.helper import to_device
 from utils.metric import ConfusionMatrix, count_confusion, nan_mean, predict
 from utils.plot import plot_pictures
-from utils.processes import gather_samples, rank
 from utils.robustness import Damage, study_robustness
 
 KINDS = {True: "pet", False: "background"}

@@ -46,9 +46,9 @@ def main() -> None:
     from dataset.pet import is_synthetic, make_test_loader
     from point_clip.model import build_point_clip
     from point_clip.scoring import score_clicks
+    from utils.distributed import join
     from utils.evaluation import segment_pictures
     from utils.helper import load_model
-    from utils.processes import join
 
     check_flags(config)
     device = join(config.device)

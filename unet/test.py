@@ -28,9 +28,9 @@ def main() -> None:
     from dataset.perturbation import check_flags, make_damage
     from dataset.pet import is_synthetic, make_test_loader
     from unet.model import UNet
+    from utils.distributed import join
     from utils.evaluation import score, segment_pictures
     from utils.helper import load_model
-    from utils.processes import join
 
     check_flags(config)
     device = join(config.device)

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from utils.config import TrainConfig
+from utils.distributed import gather, world
 from utils.files import InputError, read_json
 from utils.helper import to_device
-from utils.processes import gather, world
 
 log = logging.getLogger(__name__)
 

@@ -187,7 +187,7 @@ def run_script(main: Callable[[], int | None]) -> None:
         logging.getLogger(package).setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     try:
         code = main()
-        if processes := sys.modules.get("utils.processes"):  # heavy, and of no concern where it was not used
+        if processes := sys.modules.get("utils.distributed"):  # heavy, and of no concern where it was not used
             processes.leave()
         sys.exit(code)
     except (InputError, OSError) as error:

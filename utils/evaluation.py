@@ -24,11 +24,11 @@ from tqdm import tqdm
 
 from utils.config import TestConfig, to_json
 from utils.dataset import CLASSES, encode_label, overlay, rescale_point, resize_image, to_rgb
+from utils.distributed import gather, gather_samples, rank, world
 from utils.files import PICTURE_SUFFIXES, InputError, atomic_path, load_picture, write_bytes, write_json
 from utils.helper import describe_environment, to_device
 from utils.metric import ConfusionMatrix, count_confusion, nan_mean, predict
 from utils.plot import plot_confusion, plot_predictions
-from utils.processes import gather, gather_samples, rank, world
 from utils.robustness import Damage, study_robustness
 
 SYNTHETIC_NOTE = "synthetic drawings: the scores compare with nothing"

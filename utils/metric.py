@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from utils.dataset import IGNORE
+from utils.distributed import add_up
 from utils.helper import to_device
-from utils.processes import add_up
 
 
 def predict(logits: Tensor) -> Tensor:

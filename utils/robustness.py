@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from utils.distributed import add_up, rank, world
 from utils.files import write_bytes, write_json
 from utils.helper import to_device
 from utils.metric import ConfusionMatrix, count_confusion
 from utils.plot import plot_robustness
-from utils.processes import add_up, rank, world
 
 SEEDS = 3  # draws of a perturbation that chance is part of
 

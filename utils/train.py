@@ -22,6 +22,7 @@ from tqdm import tqdm
 from utils.batch_size import find_cut, starting_cut
 from utils.config import TrainConfig, to_json
 from utils.dataset import CLASSES
+from utils.distributed import add_up, join, world
 from utils.files import InputError, read_json, remove_leftovers, write_bytes, write_json
 from utils.helper import (
     describe_environment,
@@ -34,7 +35,6 @@ from utils.helper import (
 )
 from utils.metric import validate
 from utils.plot import plot_curves
-from utils.processes import add_up, join, world
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from autoencoder.model import Autoencoder, AutoencoderSegmenter, Encoder
 from tests.conftest import ROOT, TINY, run
-from tests.test_train import assert_same_weights, saved_at
+from tests.unit.test_train import assert_same_weights, saved_at
 from utils.helper import load_checkpoint
 
 TRAIN = ["autoencoder/train.py", *TINY]

@@ -1,7 +1,7 @@
-"""python utils/report.py RUN [RUN ...] --out results/report
+"""python study/report.py RUN [RUN ...] --out results/report
 
 Tables and figures of tested runs, side by side (report, tables 1 and 2). With --against, whether the first runs, seeds
-of one model, are better than others: python utils/report.py A/seed0 A/seed1 --against B/seed0 B/seed1
+of one model, are better than others: python study/report.py A/seed0 A/seed1 --against B/seed0 B/seed1
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.comparison import compare, format_comparison
+from study.compare import compare, format_comparison
+from study.runs import Run, mark_differences, read_runs
 from utils.config import run_script
 from utils.files import InputError, write_bytes, write_json
-from utils.runs import Run, mark_differences, read_runs
 
 # The report's tables 1 and 2: IoU, Dice and accuracy in percent, by a protocol with flaws (see the README).
 REPORTED = {

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.conftest import ROOT, TINY, run
-from tests.test_train import assert_same_weights, segmentation_step, train
+from tests.unit.test_train import assert_same_weights, segmentation_step, train
 from unet.model import UNet
 from utils import batch_size
 from utils.batch_size import Cut, divisors, fitting_size, kept_for_backward, share_anew

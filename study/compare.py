@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from study.runs import Run
 from utils.files import InputError
-from utils.runs import Run
 
 if TYPE_CHECKING:
     import numpy as np

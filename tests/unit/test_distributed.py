@@ -1,4 +1,4 @@
-"""utils/processes.py: several processes give what one gives, and end together."""
+"""utils/distributed.py: several processes give what one gives, and end together."""
 
 from __future__ import annotations
 

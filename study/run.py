@@ -1,4 +1,4 @@
-"""python utils/study.py --data Dataset --out runs/study
+"""python study/run.py --data Dataset --out runs/study
 
 The whole study: prepare and explore the data, train every model, test it clean and perturbed, write the report. A study
 that was stopped goes on when it is started again with the same flags.
@@ -84,7 +84,7 @@ def main() -> None:
         train_and_test(model, folder, options, test_options(config))
     results = config.results or config.out / "report"
     folders = [str(folder) for folder, _, _ in planned]
-    execute(["utils/report.py", *folders, "--out", str(results), "--data", str(config.data)])
+    execute(["study/report.py", *folders, "--out", str(results), "--data", str(config.data)])
     lock.close()
 
 

@@ -1,4 +1,4 @@
-"""utils/report.py, runs.py, comparison.py: the tables against the runs, what is refused, the paired comparison."""
+"""study/report.py, runs.py, comparison.py: the tables against the runs, what is refused, the paired comparison."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
+from study.compare import compare, format_comparison, resampled_iou
+from study.report import draw, format_report, format_scores, pick_rows
+from study.runs import mark_differences, read_runs
 from tests.conftest import run
 from utils import plot
-from utils.comparison import compare, format_comparison, resampled_iou
 from utils.dataset import overlay
 from utils.files import InputError
 from utils.metric import ConfusionMatrix
-from utils.report import draw, format_report, format_scores, pick_rows
-from utils.runs import mark_differences, read_runs
 
 FIGURES = ("classes", "curves", "robustness", "predictions")
 
@@ -54,7 +54,7 @@ def edit_json(path: Path, **values) -> None:
 
 def test_the_tables_hold_what_the_runs_say(runs, tested, prepared, tmp_path):
     out = tmp_path / "report"
-    result = run("utils/report.py", *runs, "--out", out)
+    result = run("study/report.py", *runs, "--out", out)
     assert result.returncode == 0, result.stderr
     metrics = json.loads((tested / "test/metrics.json").read_text())
     with (out / "table.csv").open(newline="") as file:
@@ -139,10 +139,10 @@ def test_rows_are_chosen_by_rule(tested, prepared):
 
 def test_what_does_not_compare_is_refused_or_marked(runs, tmp_path):
     edit_json(runs[1] / "test/metrics.json", score_size=256)
-    result = run("utils/report.py", *runs, "--out", tmp_path / "report")
+    result = run("study/report.py", *runs, "--out", tmp_path / "report")
     assert result.returncode == 1 and "two/unet: scored at size 256, one/unet at native" in result.stderr
     assert "--mixed" in result.stderr and not (tmp_path / "report").exists()
-    result = run("utils/report.py", *runs, "--out", tmp_path / "report", "--mixed")
+    result = run("study/report.py", *runs, "--out", tmp_path / "report", "--mixed")
     assert result.returncode == 0, result.stderr
     report = (tmp_path / "report/report.md").read_text()
     assert "| two/unet* |" in report and "\\* two/unet: scored at size 256, one/unet at native." in report
@@ -179,7 +179,7 @@ def test_a_run_is_given_once_and_photographs_are_where_they_were(runs, tmp_path)
 
 
 def test_better_is_told_from_chance(runs, tmp_path):
-    result = run("utils/report.py", runs[1], "--against", runs[0], "--out", tmp_path)
+    result = run("study/report.py", runs[1], "--against", runs[0], "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     assert "95 % interval" in result.stdout and ": better." in result.stdout
     verdict = json.loads((tmp_path / "comparison.json").read_text())

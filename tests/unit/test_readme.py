@@ -12,9 +12,9 @@ from autoencoder.test import Config as AutoencoderTestConfig
 from autoencoder.train import Config as AutoencoderConfig
 from point_clip.test import Config as PointTestConfig
 from point_clip.train import Config as PointConfig
+from study.run import KINDS
 from tests.conftest import ROOT
 from unet.train import Config as UNetConfig
-from utils.study import KINDS
 
 README = (ROOT / "README.md").read_text()
 

@@ -276,7 +276,7 @@ from torch import nn
 from dataset.pet import make_train_loaders
 from utils.config import TrainConfig, parse
 from utils.loss import SegmentationLoss
-from utils.processes import leave
+from utils.distributed import leave
 from utils.train import StepOutput, fit, make_accelerator
 
 config = parse(TrainConfig, "", sys.argv[2:])

@@ -1,4 +1,4 @@
-"""utils/study.py: what is run in which order, what is not run again, and a study that is killed."""
+"""study/run.py: what is run in which order, what is not run again, and a study that is killed."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from study import run as study
 from tests.conftest import ROOT, TINY, run
-from utils import study
 from utils.files import InputError, write_json
 from utils.helper import load_checkpoint
 
@@ -56,7 +56,7 @@ def of(commands: list[list[str]], script: str, run_name: str) -> dict[str, str]:
 def test_everything_in_order(monkeypatch, commands, tmp_path, capsys):
     start(monkeypatch, tmp_path, "--seeds", 2, "--epochs", 7, "--clip-random-init", "--base-channels", 8)
     scripts = [command[0] for command in commands]
-    assert scripts[:2] == ["dataset/dataset_prep.py", "dataset/exploration.py"] and scripts[-1] == "utils/report.py"
+    assert scripts[:2] == ["dataset/dataset_prep.py", "dataset/exploration.py"] and scripts[-1] == "study/report.py"
     models = [model for model, _ in study.KINDS.values()] * 2
     assert scripts[2:-1] == [f"{model}/{script}" for model in models for script in ("train.py", "test.py")]
     assert all("--perturb" in command for command in commands if command[0].endswith("test.py"))
@@ -113,7 +113,7 @@ def test_two_do_not_work_on_one_study(monkeypatch, commands, tmp_path):
 
 
 def test_a_failing_run_ends_the_study(tmp_path):
-    result = run("utils/study.py", "--data", tmp_path / "none", "--out", tmp_path / "out", "--models", "unet")
+    result = run("study/run.py", "--data", tmp_path / "none", "--out", tmp_path / "out", "--models", "unet")
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "dataset/dataset_prep.py failed: mend what it says above" in result.stderr
 
@@ -123,7 +123,7 @@ def test_killed_twice_it_ends_the_same(tmp_path):
     data, killed = tmp_path / "data", tmp_path / "killed"
     flags = ["--data", data, "--epochs", 3, "--patience", 0, *TINY]
     flags_of_study = ["--synthetic", 24, "--models", "unet", "--out", killed, "--no-perturb", *flags]
-    command = [sys.executable, ROOT / "utils/study.py", *flags_of_study]
+    command = [sys.executable, ROOT / "study/run.py", *flags_of_study]
     for sign in ("best.pt", "test"):
         with subprocess.Popen(
             list(map(str, command)), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -133,7 +133,7 @@ def test_killed_twice_it_ends_the_same(tmp_path):
                 assert process.poll() is None, "it ended before it could be killed"
                 time.sleep(0.01)
             os.killpg(process.pid, signal.SIGKILL)
-    result = run("utils/study.py", *flags_of_study)
+    result = run("study/run.py", *flags_of_study)
     assert result.returncode == 0, result.stderr
     assert "study of 1 runs, 1 not finished" in result.stdout and "seed0/unet: begun" in result.stdout
     assert (killed / "report/report.md").exists() and (killed / "exploration/summary.json").exists()
