@@ -1,10 +1,11 @@
-"""How good a reconstruction is: the losses that train an autoencoder, and the scores and pictures that judge it.
+"""How good a reconstruction is: the losses that train an autoencoder, and its scores and pictures.
 
 Images are (B, 3, H, W) in [0, 1], H and W at least 11 (the window of SSIM).
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import Dataset
 from torchmetrics.functional.image import structural_similarity_index_measure
 from tqdm import tqdm
 
-from utils.config import weighted_terms
-from utils.distributed import add_up, gather_samples, rank
-from utils.evaluation import pick_examples
-from utils.files import write_json
-from utils.helper import to_device
-from utils.plot import plot_pictures
+from autoencoder.model import LEVELS, Autoencoder, AutoencoderSegmenter
+from utils.config import TestConfig
+from utils.distributed import all_reduce_sum, gather_in_dataset_order, rank, world_size
+from utils.evaluation import pick_examples, prepare_results_folder
+from utils.figures import plot_pictures, save_figure
+from utils.files import InputError, write_json
+from utils.helper import restore_model
+from utils.loader import EpochBatchSampler, make_loader, prepare_batch
+from utils.loss import WeightedLoss
+
+log = logging.getLogger(__name__)
 
 
 def psnr(prediction: Tensor, target: Tensor) -> Tensor:
@@ -33,7 +39,7 @@ def psnr(prediction: Tensor, target: Tensor) -> Tensor:
 def ssim(prediction: Tensor, target: Tensor) -> Tensor:
     """Structural similarity of each image (B,), in [-1, 1] (Wang et al. 2004: Gaussian window of 11 px, sigma 1.5)."""
     _, local = structural_similarity_index_measure(prediction, target, data_range=1.0, return_full_image=True)
-    return local[..., 5:-5, 5:-5].mean(dim=(1, 2, 3))  # only where the whole window lies inside, as Wang et al. do
+    return local[..., 5:-5, 5:-5].mean(dim=(1, 2, 3))  # whole windows only, as in Wang et al.
 
 
 def ssim_loss(prediction: Tensor, target: Tensor) -> Tensor:
@@ -42,32 +48,29 @@ def ssim_loss(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def edge_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared difference between the image gradients, so that boundaries weigh and flat areas do not.
+    """Mean squared difference between the image gradients, so that edges count and flat areas do not.
 
-    A gradient is the step to the next pixel, right and down. Alone it leaves the brightness of an image open. Squared,
-    because most gradients are nearly zero: the absolute difference is then least for a flat picture, and training with
-    it ended in grey.
+    A gradient is the difference to the next pixel, right and down. Alone it does not determine the brightness of an
+    image. Squared, because most gradients are nearly zero: the mean absolute difference is lowest for a flat picture,
+    and training with it ended in uniform grey.
     """
     error = prediction - target
     return error.diff(dim=-1).square().mean() + error.diff(dim=-2).square().mean()
 
 
-# Those that `--reconstruction-loss` knows; autoencoder/train.py names them, too, before anything heavy is imported.
+# The names that `--reconstruction-loss` knows. A loss takes prediction and target (B, 3, H, W), and returns a scalar.
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": F.mse_loss, "ssim": ssim_loss, "edge": edge_loss}
 
 
-class ReconstructionLoss:
-    """The loss that `--reconstruction-loss` names: one of LOSSES, or a weighted sum such as "mse+0.5*ssim"."""
+class ReconstructionLoss(WeightedLoss):
+    """The loss of `--reconstruction-loss`: one of LOSSES, or a weighted sum such as "mse+0.5*ssim"."""
 
     def __init__(self, text: str):
-        self.terms = weighted_terms(text, tuple(LOSSES))
-
-    def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
-        return torch.stack([weight * LOSSES[name](prediction, target) for name, weight in self.terms.items()]).sum()
+        super().__init__(text, LOSSES)
 
 
 def trivial_reconstructions(image: Tensor, mean_image: Tensor, factor: int) -> dict[str, Tensor]:
-    """What needs no learning: a mean image, each image's own mean color, each image at 1/factor and back, bilinear."""
+    """Reconstructions without learning: a mean image, each image's mean color, each image at 1/factor and back."""
     small = [max(1, edge // factor) for edge in image.shape[-2:]]
     resize = {"mode": "bilinear", "align_corners": False}
     return {
@@ -79,48 +82,72 @@ def trivial_reconstructions(image: Tensor, mean_image: Tensor, factor: int) -> d
     }
 
 
+def find_autoencoder(
+    segmenter: AutoencoderSegmenter, checkpoint: dict[str, Any], path: Path, given: Path | None
+) -> tuple[Autoencoder | None, Path]:
+    """The autoencoder of the first stage, which has the decoder, and its checkpoint: `given`, or else where the
+    training of the checkpoint `path` had it.
+
+    None, with a warning, when the encoder was never trained or the file is missing. InputError when it holds another
+    encoder than the segmenter.
+    """
+    encoder = checkpoint["config"]["encoder"]
+    own = path.absolute().parent.parent / "reconstruction" / "best.pt"
+    first = given or (Path(encoder) if encoder else own)
+    if encoder == "random" or (given is None and not first.exists()):
+        reason = "the encoder was never trained" if encoder == "random" else f"{first} is missing"
+        log.warning("the reconstruction is not scored: %s", reason)
+        return None, first
+    device = next(segmenter.parameters()).device
+    autoencoder, _ = restore_model(first, Autoencoder, "autoencoder/reconstruction", device)
+    state = autoencoder.encoder.state_dict()
+    if any(not value.equal(state[key]) for key, value in segmenter.encoder.state_dict().items()):
+        raise InputError(f"{first} holds another encoder than {path}: give the right file as --reconstruction")
+    return autoencoder, first
+
+
 @torch.inference_mode()
 def score_reconstruction(
-    model: nn.Module, loader: DataLoader, device: torch.device, out: Path, *, factor: int, details: dict[str, Any]
-) -> dict[str, Any]:
-    """PSNR and SSIM of a model's reconstructions, means over the images, beside the trivial ones; prints them.
+    model: nn.Module, test_set: Dataset, config: TestConfig, device: torch.device, *, details: dict[str, Any]
+) -> str:
+    """PSNR and SSIM of a model's reconstructions, means over the images, beside the trivial ones; returns them as text.
 
-    Writes reconstruction.json (with `details`) and reconstructions.png (best, median and worst by PSNR) into `out`.
-    `factor` is by how much the bottleneck is smaller than the image. The mean image is that of the scored images
-    themselves: about the best that one picture for all can do.
+    Writes reconstruction.json (with `details`) and reconstructions.png (best, median and worst by PSNR). The mean image
+    is that of the scored images: about the best that one picture for all of them can reach.
     """
+    out = prepare_results_folder(config)
+    sampler = EpochBatchSampler(len(test_set), config.batch_size * world_size(), shuffle=False)
+    loader = make_loader(test_set, sampler, config.workers)
     total = sum(batch["image"].sum(dim=0, dtype=torch.int64) for batch in loader)
-    mean_image = add_up(total.to(device)) / (255 * len(loader.dataset))
+    mean_image = all_reduce_sum(total.to(device)) / (255 * len(test_set))
     values: dict[str, list[list[float]]] = {}
     for batch in tqdm(loader, desc="reconstruct", leave=False, disable=rank() != 0):
-        image = to_device(batch, device)["image"]
-        predictions = {"autoencoder": model(image), **trivial_reconstructions(image, mean_image, factor)}
+        image = prepare_batch(batch, device)["image"]
+        predictions = {"autoencoder": model(image), **trivial_reconstructions(image, mean_image, 2**LEVELS)}
         for name, prediction in predictions.items():
             scores = torch.stack([psnr(prediction, image), ssim(prediction, image)], dim=1)
             values.setdefault(name, []).extend(scores.tolist())
-    scores = {name: torch.tensor(gather_samples(loader, pairs)) for name, pairs in values.items()}  # (N, 2)
+    scores = {name: torch.tensor(gather_in_dataset_order(loader, pairs)) for name, pairs in values.items()}  # (N, 2)
+    if rank() != 0:
+        return ""
 
     means = {name: dict(zip(("psnr", "ssim"), part.mean(dim=0).tolist())) for name, part in scores.items()}
-    metrics = {"images": len(loader.dataset), "size": list(mean_image.shape[-2:]), "mean": means, **details}
-    if rank() != 0:
-        return metrics
-    write_json(out / "reconstruction.json", metrics)
+    height, width = mean_image.shape[-2:]
+    write_json(
+        out / "reconstruction.json", {"images": len(test_set), "size": [height, width], "mean": means, **details}
+    )
     rows = []
     own = scores["autoencoder"][:, 0].tolist()
     for place, index in pick_examples(own):
-        batch = to_device({"image": loader.dataset[index]["image"][None]}, device)
-        triple = [batch["image"], model(batch["image"])]
-        triple.append(list(trivial_reconstructions(batch["image"], mean_image, factor).values())[-1])
-        name = loader.dataset.records[index].name
-        rows.append((f"{place}: {name}\n{own[index]:.1f} dB", [as_pixels(picture[0]) for picture in triple]))
+        image = prepare_batch({"image": test_set[index]["image"][None]}, device)["image"]
+        *_, bilinear = trivial_reconstructions(image, mean_image, 2**LEVELS).values()
+        pictures = [as_pixels(picture[0]) for picture in (image, model(image), bilinear)]
+        rows.append((f"{place}: {test_set.records[index].name}\n{own[index]:.1f} dB", pictures))
     headings = ("photograph", "reconstruction", f"{list(scores)[-1]} and back")
-    plot_pictures(out / "reconstructions.png", rows, headings)
-
-    print(f"reconstruction of {len(own)} images at {mean_image.shape[-2]}x{mean_image.shape[-1]}:  PSNR (dB)      SSIM")
-    for name, part in means.items():
-        print(f"  {name:41}{part['psnr']:>8.2f}{part['ssim']:>10.3f}")
-    print(f"{out / 'reconstruction.json'}\n{out / 'reconstructions.png'}")
-    return metrics
+    save_figure(plot_pictures(rows, headings), out / "reconstructions.png")
+    lines = [f"reconstruction of {len(own)} images at {height}x{width}:  PSNR (dB)      SSIM"]
+    lines += [f"  {name:41}{part['psnr']:>8.2f}{part['ssim']:>10.3f}" for name, part in means.items()]
+    return "\n".join([*lines, str(out / "reconstruction.json"), str(out / "reconstructions.png")])
 
 
 def as_pixels(image: Tensor) -> np.ndarray:

@@ -13,7 +13,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.config import TestConfig, flag, parse, run_script
-from utils.files import InputError
 
 
 @dataclass
@@ -21,7 +20,7 @@ class Config(TestConfig):
     """The shared flags, and where the decoder is."""
 
     checkpoint: Path = flag(
-        Path("runs/autoencoder/segmentation/best.pt"), "file of the second stage of autoencoder/train.py"
+        Path("runs/autoencoder/segmentation/best.pt"), "file written by the second stage of autoencoder/train.py"
     )
     reconstruction: Path | None = flag(
         None, "file of the first stage (default: the --encoder of the training, or reconstruction/best.pt of its run)"
@@ -31,43 +30,25 @@ class Config(TestConfig):
 def main() -> None:
     config = parse(Config, __doc__)
 
-    # Heavy imports come after parsing, so that --help answers at once.
-    from autoencoder.model import LEVELS, Autoencoder, build_segmenter
-    from autoencoder.reconstruction import score_reconstruction
-    from dataset.perturbation import check_flags, make_damage
-    from dataset.pet import is_synthetic, make_test_loader
-    from utils.distributed import join, rank
-    from utils.evaluation import results_folder, score, segment_pictures
-    from utils.helper import load_model
+    # Heavy imports come after parsing, so that --help answers immediately.
+    from autoencoder.model import build_segmenter
+    from autoencoder.reconstruction import find_autoencoder, score_reconstruction
+    from dataset.pet import make_test_set
+    from utils.distributed import init_distributed, print_once
+    from utils.evaluation import score
+    from utils.helper import restore_model
+    from utils.predictor import Predictor, predict_photographs
 
-    check_flags(config)
-    device = join(config.device)
-    segmenter, checkpoint = load_model(config.checkpoint, build_segmenter, "autoencoder", device)
+    device = init_distributed(config.device)
+    segmenter, checkpoint = restore_model(config.checkpoint, build_segmenter, "autoencoder", device)
     if config.images:
-        segment_pictures(segmenter, checkpoint, config, device)
+        print_once(predict_photographs(Predictor(segmenter, checkpoint), config.images, config.results))
         return
-    encoder = checkpoint["config"]["encoder"]
-    own = config.checkpoint.absolute().parent.parent / "reconstruction" / "best.pt"
-    first = config.reconstruction or (Path(encoder) if encoder else own)
-    autoencoder = None
-    if encoder == "random" or (config.reconstruction is None and not first.exists()):
-        why = "the encoder was never trained" if encoder == "random" else f"{first} is not there"
-        if rank() == 0:
-            print(f"the reconstruction is not scored: {why}", file=sys.stderr)
-    else:
-        autoencoder, _ = load_model(first, Autoencoder, "autoencoder/reconstruction", device)
-        state = autoencoder.encoder.state_dict()
-        if any(not value.equal(state[key]) for key, value in segmenter.encoder.state_dict().items()):
-            raise InputError(
-                f"{first} holds another encoder than {config.checkpoint}: give its own as --reconstruction"
-            )
-    size = checkpoint["config"]["image_size"]
-    loader, damage = make_test_loader(config, size), make_damage(config, size)
+    test_set = make_test_set(config, checkpoint["config"]["image_size"])
+    autoencoder, path = find_autoencoder(segmenter, checkpoint, config.checkpoint, config.reconstruction)
     if autoencoder is not None:
-        score_reconstruction(
-            autoencoder, loader, device, results_folder(config), factor=2**LEVELS, details={"checkpoint": str(first)}
-        )
-    score(segmenter, checkpoint, loader, config, device, synthetic=is_synthetic(config.data), damage=damage)
+        print_once(score_reconstruction(autoencoder, test_set, config, device, details={"checkpoint": str(path)}))
+    print_once(score(segmenter, checkpoint, test_set, config, device))
 
 
 if __name__ == "__main__":

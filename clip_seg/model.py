@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from clip_seg.weights import describe, find_weights, hash_weights, load_vision, random_vision
+from clip_seg.weights import describe_architecture, find_weights, hash_weights, load_vision, random_vision
 from utils.files import InputError
 from utils.layers import ClassHead, Normalize, UpBlock
 
@@ -24,23 +23,30 @@ LEVELS = 4
 class ClipEncoder(nn.Module):
     """The patch tokens of a CLIP vision transformer as feature maps.
 
-    Takes images (B, 3, H, W) in [0, 1], returns maps (B, channels, g, g) with g = `image_size` / patch, 7 for B/32: the
-    tokens after 1/4, 1/2 and 3/4 of the layers (3, 6 and 9 for B/32), and last those after all.
+    Takes images (B, 3, H, W) in [0, 1], returns maps (B, channels, g, g) with g = `image_size` / patch size, 7 for
+    B/32: the tokens after 1/4, 1/2, 3/4 and all of the layers (3, 6, 9 and 12 for B/32).
 
-    `frozen`: no gradients. `elsewhere`: the weights stay out of `state_dict`, because they can be had again.
+    `frozen`: no gradients. `external_weights`: the weights are not saved in checkpoints (utils/helper.py), but loaded
+    from the hub or folder again and verified by their hash.
     """
 
     def __init__(
-        self, vision: CLIPVisionModel, *, image_size: int | None = None, frozen: bool = False, elsewhere: bool = False
+        self,
+        vision: CLIPVisionModel,
+        *,
+        image_size: int | None = None,
+        frozen: bool = False,
+        external_weights: bool = False,
     ):
         super().__init__()
         self.vision = vision
+        self.vision.external_weights = external_weights
         self.image_size = image_size or vision.config.image_size
         self.frozen = frozen
         patch = vision.config.patch_size
         if self.image_size % patch:
             raise InputError(
-                f"--clip-image-size {self.image_size} is no multiple of the patch of {patch} pixels: "
+                f"--clip-image-size {self.image_size} is not a multiple of the patch size of {patch} pixels: "
                 f"use {max(1, round(self.image_size / patch)) * patch}"
             )
         self.grid = self.image_size // patch
@@ -49,11 +55,8 @@ class ClipEncoder(nn.Module):
         self.taps = [layers * quarter // 4 for quarter in (1, 2, 3, 4)]
         self.normalize = Normalize(CLIP_MEAN, CLIP_STD)
         for name, parameter in vision.named_parameters():
-            # The last norm is for the pooled token alone: nothing here depends on it.
+            # The last norm only serves the pooled token, which is not used here.
             parameter.requires_grad_(not frozen and "post_layernorm" not in name)
-        if elsewhere:
-            self.register_state_dict_post_hook(_leave_out)
-            self.register_load_state_dict_pre_hook(_fill_in)
         self.train()
 
     def train(self, mode: bool = True) -> ClipEncoder:
@@ -63,12 +66,12 @@ class ClipEncoder(nn.Module):
         return self
 
     def prepare(self, image: Tensor) -> Tensor:
-        """Images at the encoder's size: bicubic, whole, not cropped; still in [0, 1]."""
+        """Images resized to the encoder's size, bicubic and without cropping; still in [0, 1]."""
         size = (self.image_size, self.image_size)
         if image.shape[-2:] == size:
             return image
         if image.device.type == "cpu" and not image.requires_grad:
-            # A CPU resizes bytes several times as fast as floats, and pictures are bytes.
+            # A CPU resizes bytes several times faster than floats, and the images were bytes.
             pixels = (image * 255).add_(0.5).clamp_(0, 255).to(torch.uint8)
             resized = F.interpolate(pixels, size, mode="bicubic", antialias=True, align_corners=False)
             return resized.float().div_(255)
@@ -90,21 +93,12 @@ class ClipEncoder(nn.Module):
         return self.tokens(self.prepare(image))
 
 
-def _leave_out(module: nn.Module, state: dict[str, Tensor], prefix: str, _: Any) -> None:
-    for key in [key for key in state if key.startswith(f"{prefix}vision.")]:
-        del state[key]
-
-
-def _fill_in(module: ClipEncoder, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    state.update(module.vision.state_dict(prefix=f"{prefix}vision."))
-
-
 class Decoder(nn.Module):
-    """The U-Net's decoder on a map of tokens: four blocks, each with twice the height and width and half the channels.
+    """The U-Net's decoder on a map of tokens: four blocks that double height and width and halve the channels.
 
-    With `skip_channels`, those of the tokens, the first three blocks also take tokens of shallower layers: a transposed
-    convolution unpacks every token into the patch it stands for, at the block's resolution (after UNETR, Hatamizadeh et
-    al. 2022).
+    With `skip_channels`, the channels of a token, the first three blocks also take tokens of shallower layers: a
+    transposed convolution expands every token to its patch at the block's resolution (as in UNETR, Hatamizadeh et al.
+    2022).
     """
 
     def __init__(self, in_channels: int, *, skip_channels: int = 0):
@@ -121,7 +115,7 @@ class Decoder(nn.Module):
         )
 
     def forward(self, x: Tensor, shallower: Sequence[Tensor]) -> Tensor:
-        """`x` (B, in_channels, g, g) and token maps (B, skip_channels, g, g), the shallowest first -> 16 x the size."""
+        """`x` (B, in_channels, g, g) and token maps (B, skip_channels, g, g), shallowest first -> (B, C, 16g, 16g)."""
         skips = [unpack(tokens) for unpack, tokens in zip(self.unpack, reversed(shallower))]
         for level, block in enumerate(self.blocks):
             x = block(x, skips[level] if level < len(skips) else None)  # 7 -> 14 -> 28 -> 56 -> 112
@@ -152,17 +146,17 @@ def make_encoder(
 ) -> tuple[ClipEncoder, dict[str, Any]]:
     """An encoder to train with, and the plain values from which `rebuild_encoder` makes it again.
 
-    A frozen encoder with weights that can be had again is known by their hash; others go into the checkpoint.
+    Of a frozen CLIP only the hash of the weights goes into the checkpoint; random or trained weights go there whole.
     """
     vision = random_vision(clip_model) if random_init else load_vision(clip_model)
-    elsewhere = frozen and not random_init
-    encoder = ClipEncoder(vision, image_size=image_size, frozen=frozen, elsewhere=elsewhere)
+    external = frozen and not random_init
+    encoder = ClipEncoder(vision, image_size=image_size, frozen=frozen, external_weights=external)
     return encoder, {
         "clip_model": clip_model,
-        "architecture": describe(vision),
+        "architecture": describe_architecture(vision),
         "image_size": encoder.image_size,
         "frozen": frozen,
-        "weights_hash": hash_weights(vision) if elsewhere else None,
+        "weights_hash": hash_weights(vision) if external else None,
     }
 
 
@@ -174,24 +168,22 @@ def rebuild_encoder(
     frozen: bool,
     weights_hash: str | None,
 ) -> ClipEncoder:
-    """The encoder of `make_encoder`; its weights are found by `clip_model` and hash, or come with the checkpoint."""
-    elsewhere = weights_hash is not None
-    vision = find_weights(clip_model, weights_hash) if elsewhere else CLIPVisionModel(CLIPVisionConfig(**architecture))
-    return ClipEncoder(vision, image_size=image_size, frozen=frozen, elsewhere=elsewhere)
+    """The encoder of `make_encoder`. External weights are loaded from `clip_model` and must have the hash; others come
+    with the checkpoint."""
+    external = weights_hash is not None
+    vision = find_weights(clip_model, weights_hash) if external else CLIPVisionModel(CLIPVisionConfig(**architecture))
+    return ClipEncoder(vision, image_size=image_size, frozen=frozen, external_weights=external)
 
 
 def build_segmenter(
-    num_classes: int = 3, *, encoder: dict[str, Any], base_channels: int = 64, skips: bool = False
+    num_classes: int = 3,
+    *,
+    encoder: dict[str, Any],
+    base_channels: int = 64,
+    skips: bool = False,
+    clip_model: str | None = None,
 ) -> ClipSegmenter:
-    """The segmenter that a checkpoint's `model_args` describe."""
+    """The segmenter of a checkpoint's `model_args`. `clip_model`: where external weights are now."""
+    if clip_model:
+        encoder = {**encoder, "clip_model": clip_model}
     return ClipSegmenter(rebuild_encoder(**encoder), num_classes, base_channels=base_channels, skips=skips)
-
-
-def moved(build: Callable[..., nn.Module], clip_model: str | None) -> Callable[..., nn.Module]:
-    """`build`, looking for the weights of a frozen encoder in `clip_model` where that is given."""
-
-    @functools.wraps(build)
-    def build_there(*, encoder: dict[str, Any], **options: Any) -> nn.Module:
-        return build(encoder=encoder | ({"clip_model": clip_model} if clip_model else {}), **options)
-
-    return build_there

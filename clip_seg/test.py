@@ -7,41 +7,41 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.config import TestConfig, flag, parse, run_script
+from clip_seg.config import ClipTestConfig
+from utils.config import flag, parse, run_script
 
 
 @dataclass
-class Config(TestConfig):
-    """The shared flags, and where the weights of a frozen CLIP are."""
+class Config(ClipTestConfig):
+    """The flags of every model on CLIP."""
 
-    checkpoint: Path = flag(Path("runs/clip_seg/best.pt"), "file that clip_seg/train.py wrote")
-    clip_model: str | None = flag(None, "where a frozen CLIP's weights are now (default: where they were in training)")
+    checkpoint: Path = flag(Path("runs/clip_seg/best.pt"), "file written by clip_seg/train.py")
 
 
 def main() -> None:
     config = parse(Config, __doc__)
 
-    # Heavy imports come after parsing, so that --help answers at once.
-    from clip_seg.model import build_segmenter, moved
-    from dataset.perturbation import check_flags, make_damage
-    from dataset.pet import is_synthetic, make_test_loader
-    from utils.distributed import join
-    from utils.evaluation import score, segment_pictures
-    from utils.helper import load_model
+    # Heavy imports come after parsing, so that --help answers immediately.
+    from clip_seg.model import build_segmenter
+    from dataset.pet import make_test_set
+    from utils.distributed import init_distributed, print_once
+    from utils.evaluation import score
+    from utils.helper import restore_model
+    from utils.predictor import Predictor, predict_photographs
 
-    check_flags(config)
-    device = join(config.device)
-    model, checkpoint = load_model(config.checkpoint, moved(build_segmenter, config.clip_model), "clip_seg", device)
+    device = init_distributed(config.device)
+    build = partial(build_segmenter, clip_model=config.clip_model)
+    model, checkpoint = restore_model(config.checkpoint, build, "clip_seg", device)
     if config.images:
-        segment_pictures(model, checkpoint, config, device)
+        print_once(predict_photographs(Predictor(model, checkpoint), config.images, config.results))
     else:
-        size = checkpoint["config"]["image_size"]
-        loader, damage = make_test_loader(config, size), make_damage(config, size)
-        score(model, checkpoint, loader, config, device, synthetic=is_synthetic(config.data), damage=damage)
+        test_set = make_test_set(config, checkpoint["config"]["image_size"])
+        print_once(score(model, checkpoint, test_set, config, device))
 
 
 if __name__ == "__main__":

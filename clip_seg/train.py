@@ -11,25 +11,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.config import TrainConfig, flag, parse, run_script
-
-
-@dataclass
-class ClipConfig(TrainConfig):
-    """The shared flags, and those of every model on CLIP."""
-
-    lr: float = flag(1e-5, "learning rate of Adam", low=0)
-    clip_model: str = flag("openai/clip-vit-base-patch32", "a CLIP of the hub with a vision transformer, or a folder")
-    clip_image_size: int | None = flag(None, "edge at which CLIP sees the images (default: its own)", low=1)
-    clip_random_init: bool = flag(False, "start from random weights instead of CLIP's")
-    freeze_encoder: bool = flag(False, "train the decoder alone; CLIP's weights then stay out of the checkpoint")
-    skips: bool = flag(False, "feed the decoder tokens of shallower layers, too")
-    base_channels: int = flag(64, "channels of the decoder's last level; each level above has twice as many", low=1)
+from clip_seg.config import ClipConfig
+from utils.config import flag, parse, run_script
 
 
 @dataclass
 class Config(ClipConfig):
-    """All of these."""
+    """The flags of every model on CLIP."""
 
     out: Path = flag(Path("runs/clip_seg"), "folder of this run")
 
@@ -37,12 +25,12 @@ class Config(ClipConfig):
 def main() -> None:
     config = parse(Config, __doc__)
 
-    # Heavy imports come after parsing, so that --help answers at once.
+    # Heavy imports come after parsing, so that --help answers immediately.
     from clip_seg.model import ClipSegmenter, make_encoder
-    from dataset.pet import make_train_loaders
-    from utils.dataset import CLASSES
+    from dataset.pet import make_train_sets
     from utils.loss import SegmentationLoss
-    from utils.train import StepOutput, fit, make_accelerator
+    from utils.run import start_run
+    from utils.train import StepOutput, fit
 
     criterion = SegmentationLoss(config.loss, config.boundary)
 
@@ -50,26 +38,17 @@ def main() -> None:
         logits = model(batch["image"])
         return StepOutput(criterion(logits, batch["mask"]), logits, batch["mask"])
 
-    accelerator = make_accelerator(config)
-    train_loader, val_loader, split = make_train_loaders(config)
+    run = start_run(config, "clip_seg")
+    train_set, val_set = make_train_sets(config)
     encoder, encoder_args = make_encoder(
         config.clip_model,
         image_size=config.clip_image_size,
         frozen=config.freeze_encoder,
         random_init=config.clip_random_init,
     )
-    options = {"num_classes": len(CLASSES), "base_channels": config.base_channels, "skips": config.skips}
-    fit(
-        ClipSegmenter(encoder, **options),
-        step,
-        train_loader,
-        val_loader,
-        config,
-        accelerator=accelerator,
-        model_name="clip_seg",
-        model_args={"encoder": encoder_args, **options},
-        split=split,
-    )
+    num_classes = len(train_set.class_table)
+    options = {"num_classes": num_classes, "base_channels": config.base_channels, "skips": config.skips}
+    fit(ClipSegmenter(encoder, **options), step, train_set, val_set, run, {"encoder": encoder_args, **options})
 
 
 if __name__ == "__main__":

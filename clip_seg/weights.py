@@ -1,4 +1,4 @@
-"""CLIP's weights: from the hub or a folder, checked, and known again by their hash."""
+"""CLIP's weights: load them from the hub or a folder, check that they are complete, verify their hash."""
 
 from __future__ import annotations
 
@@ -11,30 +11,29 @@ import torch
 from transformers import AutoConfig, CLIPVisionConfig, CLIPVisionModel
 from transformers.utils import logging as transformers_logging
 
+from clip_seg.config import DEFAULT_CLIP
 from utils.files import InputError
 
-DEFAULT = "openai/clip-vit-base-patch32"
-
-# What makes a vision transformer of its size; the rest of a CLIPVisionConfig is about training and files.
+# The values of a CLIPVisionConfig that determine the architecture; the others concern training and files.
 ARCHITECTURE = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size",
     "hidden_act", "layer_norm_eps",
 )  # fmt: skip
 
-transformers_logging.set_verbosity_error()  # that the text half of a CLIP model is not used is no news
+transformers_logging.set_verbosity_error()  # no warning that the text half of CLIP is not used
 transformers_logging.disable_progress_bar()
 
 
 def load_vision(name: str) -> CLIPVisionModel:
     """CLIP's vision transformer of a hub id or a local folder, in float32.
 
-    InputError when there is none, it is no CLIP vision transformer, or weights are missing: none is ever filled in.
+    InputError when there is none, it is not a CLIP vision transformer, or weights are missing: none start at random.
     """
     read_config(name)
     try:
         vision, report = CLIPVisionModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-    except Exception as error:  # a missing, unreadable or damaged file fails in many ways, each in its library's own
-        raise _not_there(name, error) from error
+    except Exception as error:  # missing, unreadable or damaged files raise many kinds of errors
+        raise _missing_weights(name, error) from error
     if absent := sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"])):
         raise InputError(
             f"--clip-model {name} lacks {len(absent)} weights of a CLIP vision transformer, {absent[0]} among them: "
@@ -45,8 +44,10 @@ def load_vision(name: str) -> CLIPVisionModel:
 
 def random_vision(name: str) -> CLIPVisionModel:
     """A vision transformer of the same architecture with random weights, seeded by PyTorch's generator."""
-    # The default's architecture is that of a default config, so that random weights need no hub.
-    return CLIPVisionModel(CLIPVisionConfig() if name == DEFAULT and not Path(name).exists() else read_config(name))
+    # A default CLIPVisionConfig has the architecture of DEFAULT_CLIP, so that random weights need no hub.
+    return CLIPVisionModel(
+        CLIPVisionConfig() if name == DEFAULT_CLIP and not Path(name).exists() else read_config(name)
+    )
 
 
 def read_config(name: str) -> CLIPVisionConfig:
@@ -54,18 +55,18 @@ def read_config(name: str) -> CLIPVisionConfig:
     try:
         config = AutoConfig.from_pretrained(name)
     except Exception as error:  # offline, a misspelled id, no config, a model that transformers does not know
-        raise _not_there(name, error) from error
+        raise _missing_weights(name, error) from error
     vision = getattr(config, "vision_config", config) if config.model_type == "clip" else config
     if not isinstance(vision, CLIPVisionConfig):
         raise InputError(
             f"--clip-model {name} is a {config.model_type} model, expected a CLIP with a vision transformer, "
-            f"such as {DEFAULT}"
+            f"such as {DEFAULT_CLIP}"
         )
     return vision
 
 
-def describe(vision: CLIPVisionModel) -> dict[str, Any]:
-    """The architecture as plain values: `CLIPVisionConfig(**describe(vision))` is its config."""
+def describe_architecture(vision: CLIPVisionModel) -> dict[str, Any]:
+    """The architecture as plain values: `CLIPVisionConfig(**...)` of them builds it again."""
     return {name: getattr(vision.config, name) for name in ARCHITECTURE}
 
 
@@ -78,7 +79,7 @@ def hash_weights(vision: CLIPVisionModel) -> str:
 
 
 def find_weights(name: str, expected_hash: str) -> CLIPVisionModel:
-    """`load_vision`, but InputError when they are not the weights of that hash."""
+    """`load_vision`; InputError when the weights have another hash."""
     vision = load_vision(name)
     if (found := hash_weights(vision)) != expected_hash:
         raise InputError(
@@ -88,9 +89,9 @@ def find_weights(name: str, expected_hash: str) -> CLIPVisionModel:
     return vision
 
 
-def _not_there(name: str, error: Exception) -> InputError:
+def _missing_weights(name: str, error: Exception) -> InputError:
     reason = str(error).strip().split("\n")[0]
-    wanted = name if re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not Path(name).exists() else DEFAULT
+    wanted = name if re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not Path(name).exists() else DEFAULT_CLIP
     return InputError(
         f"no CLIP weights for --clip-model {name}: {reason}\n"
         f"Where there is internet, fetch them with: hf download {wanted}\n"

@@ -1,24 +1,23 @@
 """python dataset/dataset_prep.py BASE_DIR [--download | --synthetic N]
 
-Check a folder of pet photographs and labels, split it by species, draw the prompt points. Run once; safe to run again.
+Check a folder of pet photographs and labels, sort it by species, sample the prompt points. Run once; safe to run again.
 
 BASE_DIR holds the Oxford-IIIT layout (images/, annotations/) or the report's (TrainVal/ and Test/ with color/ and
 label/). The originals stay as they are; the prepared files lie beside them:
 
   BASE_DIR/{TrainVal,Test}/color/{cats,dogs}/NAME.jpg   linked to the original where the file system can
   BASE_DIR/{TrainVal,Test}/label/{cats,dogs}/NAME.png   indexed: 0 background, 1 cat, 2 dog, 255 boundary
-  BASE_DIR/{TrainVal,Test}/points.csv                   name, class, x, y: one click in the pet, one beside it
+  BASE_DIR/{TrainVal,Test}/points.csv                   name, class, x, y: one click on the pet, one on the background
   BASE_DIR/{TrainVal,Test}/prompt/                      with --save-heatmaps: heatmap and mask of every point
-  BASE_DIR/prep_report.json                             counts, and every file left out with the reason
-  BASE_DIR/stale/                                       prepared files that no longer belong to the data, if any
+  BASE_DIR/prep_report.json                             counts, and every file that was left out with the reason
+  BASE_DIR/stale/                                       prepared files that no longer match the originals, if any
 
-Exit code 0: prepared. 1: nothing usable, or --strict and something was left out. 2: wrong arguments.
+Exit code 0: prepared. 1: nothing usable, or --strict and a file was left out. 2: wrong arguments.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
 import io
 import multiprocessing
@@ -29,7 +28,7 @@ import sys
 import threading
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -45,26 +44,26 @@ from tqdm import tqdm
 
 from dataset.originals import SPLITS, Originals, Pair, download, find_originals, no_layout, relative, visible_files
 from utils.config import run_script
-from utils.dataset import SPECIES, decode_label, decode_trimap, encode_label, to_rgb
-from utils.dataset_prep import draw_points
+from utils.dataset import PETS, ClassTable, decode_trimap
+from utils.dataset_prep import sample_points
 from utils.files import (
     InputError,
     atomic_path,
-    load_picture,
+    format_csv,
     read_json,
     remove_leftovers,
     write_bytes,
     write_json,
 )
+from utils.image import load_picture, to_rgb
 
-VERSION = 1  # raise when the prepared files change: makes every folder prepare itself anew
-FOLDERS = {value: folder for folder, value in SPECIES.items()}  # class -> folder name
+VERSION = 2  # increase when the prepared files change, so that every folder is prepared again
 REPORT = "prep_report.json"
 
 
 @dataclass
 class Outcome:
-    """What became of a pair: left out when `reason` is set, else written under `folder`."""
+    """The result for a pair: left out if `reason` is set, else written under `folder`."""
 
     pair: Pair
     reason: str = ""
@@ -82,9 +81,9 @@ def main(argv: list[str] | None = None) -> int:
     origin.add_argument("--synthetic", type=int, metavar="N", help="draw N synthetic pets into BASE_DIR first")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
     parser.add_argument(
-        "--strict", action="store_true", help="exit with 1 when anything was left out (of the original data: some is)"
+        "--strict", action="store_true", help="exit with code 1 if a file was left out (in the original data some are)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seeds the points and the synthetic pets (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the points and the synthetic pets (default: 0)")
     parser.add_argument(
         "--save-heatmaps", action="store_true", help="also write each point's heatmap and mask as pictures"
     )
@@ -116,17 +115,17 @@ def main(argv: list[str] | None = None) -> int:
         report, fresh = prepare(base, processes=args.processes, seed=args.seed)
         print(summary(base, report, fresh))
         if args.save_heatmaps:
-            from dataset.pet_heatmap import save_prompts  # needs torch, which nothing else here does
+            from dataset.pet_heatmap import save_heatmaps  # imports torch, which the preparation does not need
 
             for split in SPLITS:
                 if any(report["counts"][split].values()):
-                    print(f"  {save_prompts(base, split)} heatmaps and masks: {base / split / 'prompt'}")
+                    print(f"  {save_heatmaps(base, split)} heatmaps and masks: {base / split / 'prompt'}")
     kept = sum(sum(counts.values()) for counts in report["counts"].values())
     return 1 if not kept or (args.strict and report["left_out"]) else 0
 
 
-def prepare(base: Path, *, processes: int = 1, seed: int = 0) -> tuple[dict, bool]:
-    """Prepare `base`; returns the report and whether anything had to be done.
+def prepare(base: Path, *, processes: int = 1, seed: int = 0, class_table: ClassTable = PETS) -> tuple[dict, bool]:
+    """Prepare `base`; returns the report and whether there was anything to do.
 
     Raises InputError when `base` is in neither layout.
     """
@@ -136,63 +135,66 @@ def prepare(base: Path, *, processes: int = 1, seed: int = 0) -> tuple[dict, boo
         if old is None:
             raise InputError(no_layout(base))
         # Prepared elsewhere and copied here without its originals.
-        present = Counter(path.relative_to(base).parts[0] for path in _prepared_files(base))
+        present = Counter(path.relative_to(base).parts[0] for path in _prepared_files(base, class_table))
         expected = {split: 2 * sum(counts.values()) for split, counts in old["counts"].items()}
         if any(present[split] != expected[split] for split in SPLITS):
-            raise InputError(f"{base} holds {dict(present)} prepared files, expected {expected}: copy it again, whole")
+            raise InputError(
+                f"{base} holds {dict(present)} prepared files, expected {expected}: copy the whole folder again"
+            )
         return old, False
-    fingerprint = _fingerprint(originals, seed)
-    if old is not None and old.get("fingerprint") == fingerprint:
+    if old is not None and old.get("fingerprint") == _fingerprint(originals, seed, class_table):
         return old, False
 
-    # Without its report a folder counts as not prepared, so a run that is cut short is never taken for a finished one.
+    # Without its report a folder counts as not prepared, so that an interrupted run never counts as finished.
     (base / REPORT).unlink(missing_ok=True)
     for folder in [
-        base / split / kind / species for split in SPLITS for kind in ("color", "label") for species in SPECIES
+        base / split / kind / species
+        for split in SPLITS
+        for kind in ("color", "label")
+        for species in class_table.species
     ]:
         remove_leftovers(folder)
-    outcomes = list(
-        tqdm(_process_all(base, originals.pairs, processes, seed), "prepare", len(originals.pairs), unit="image")
-    )
+    work = partial(process_pair, base=base, seed=seed, class_table=class_table)
+    outcomes = list(tqdm(_process_all(work, originals.pairs, processes), "prepare", len(originals.pairs), unit="image"))
     _leave_out_copies(outcomes)
     kept = [outcome for outcome in outcomes if not outcome.reason]
-    set_aside = _set_aside_strays(base, kept)
+    set_aside = _move_strays(base, kept, class_table)
     for split in SPLITS:
         _write_points(base / split / "points.csv", [outcome for outcome in kept if outcome.pair.split == split])
 
+    report = _make_report(originals, outcomes, class_table) | {"set_aside": set_aside}
+    report["fingerprint"] = _fingerprint(originals, seed, class_table)
+    write_json(base / REPORT, report)
+    return report, True
+
+
+def _make_report(originals: Originals, outcomes: list[Outcome], class_table: ClassTable) -> dict:
+    """Counts, warnings, and the files that were left out or converted."""
+    base, species = originals.base, class_table.species
+    kept = [outcome for outcome in outcomes if not outcome.reason]
+    found = Counter((outcome.pair.split, outcome.folder) for outcome in kept)
     left_out = originals.left_out + [
         (relative(outcome.pair.image, base), outcome.reason) for outcome in outcomes if outcome.reason
     ]
-    counts = {
-        split: {
-            folder: sum(outcome.pair.split == split and outcome.folder == folder for outcome in kept)
-            for folder in SPECIES
-        }
-        for split in SPLITS
-    }
-    report = {
+    return {
         "version": VERSION,
         "layout": originals.layout,
+        "classes": list(class_table.names),
         "synthetic": (base / "SYNTHETIC.txt").exists(),
-        "counts": counts,
+        "counts": {split: {folder: found[split, folder] for folder in species} for split in SPLITS},
         "warnings": [
-            f"{split} holds no {folder}" for split in SPLITS for folder in SPECIES if not counts[split][folder]
+            f"{split} holds no {folder}" for split in SPLITS for folder in species if not found[split, folder]
         ],
-        "set_aside": set_aside,
         "left_out": [{"file": file, "reason": reason} for file, reason in sorted(left_out)],
         "converted": [
             {"file": relative(outcome.pair.image, base), "reason": outcome.converted}
             for outcome in kept
             if outcome.converted
         ],
-        "fingerprint": _fingerprint(originals, seed),
     }
-    write_json(base / REPORT, report)
-    return report, True
 
 
-def _process_all(base: Path, pairs: list[Pair], processes: int, seed: int) -> Iterator[Outcome]:
-    work = partial(process_pair, base=base, seed=seed)
+def _process_all(work: Callable[[Pair], Outcome], pairs: list[Pair], processes: int) -> Iterator[Outcome]:
     if processes == 1:
         yield from map(work, pairs)
         return
@@ -206,31 +208,32 @@ def _process_all(base: Path, pairs: list[Pair], processes: int, seed: int) -> It
 
 
 def _start_worker() -> None:
-    # Ctrl-C reaches the whole process group: the workers leave it to the parent, which stops them ...
+    # Ctrl-C reaches the whole process group; the parent then stops its workers, for which SIGTERM must end them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    def follow_parent() -> None:  # ... and do not outlive it when it is killed
+    def follow_parent() -> None:  # a worker must not outlive a parent that was killed
         multiprocessing.parent_process().join()
         os._exit(1)
 
     threading.Thread(target=follow_parent, daemon=True).start()
 
 
-def process_pair(pair: Pair, *, base: Path, seed: int) -> Outcome:
-    """Check one pair and write its prepared image and label. An OSError means that the disk could not be written."""
+def process_pair(pair: Pair, *, base: Path, seed: int, class_table: ClassTable = PETS) -> Outcome:
+    """Check one pair and write its prepared image and label. OSError when they cannot be written."""
     try:
         image = load_picture(pair.image)
         label = load_picture(pair.label)
-        classes = decode_label(label) if pair.species is None else decode_trimap(label, pair.species)
+        classes = class_table.decode_label(label) if pair.species is None else decode_trimap(label, pair.species)
     except InputError as error:
         return Outcome(pair, str(error).removeprefix(f"{pair.image}: ").replace(f"{pair.label}: ", "its label is "))
     if image.size != label.size:
         return Outcome(pair, "image is {}x{}, its label {}x{}".format(*image.size, *label.size))
-    species = np.flatnonzero(np.bincount(classes.ravel(), minlength=3)[1:3]) + 1
-    if len(species) != 1:
-        return Outcome(pair, "both species in one label" if len(species) else "no pet in its label")
+    found = [folder for folder, value in class_table.species.items() if (classes == value).any()]
+    if len(found) != 1:
+        return Outcome(pair, f"{' and '.join(found)} in one label" if found else "no pet in its label")
 
-    folder = FOLDERS[species[0]]
+    (folder,) = found
     prepared = base / pair.split / "color" / folder / f"{pair.name}.jpg"
     rgb = to_rgb(image)
     converted = ""
@@ -240,22 +243,22 @@ def process_pair(pair: Pair, *, base: Path, seed: int) -> Outcome:
         converted = f"is a {image.format} picture ({image.mode}); converted to JPEG"
         try:
             content = _encode(rgb, "JPEG", quality=95, subsampling=0)
-        except OSError as error:  # no disk is involved: the picture has more than 65535 pixels on an edge
+        except OSError as error:  # not a disk error: the picture has more than 65535 pixels on an edge
             return Outcome(pair, f"cannot be saved as JPEG ({error})")
         _write_if_changed(prepared, content)
-    # Level 1 takes less than half the default's time; labels stay a few kB.
+    # Compression level 1 takes less than half of the default's time; labels remain a few kB.
     _write_if_changed(
         base / pair.split / "label" / folder / f"{pair.name}.png",
-        _encode(encode_label(classes), "PNG", compress_level=1),
+        _encode(class_table.encode_label(classes), "PNG", compress_level=1),
     )
-    rng = np.random.default_rng([seed, zlib.crc32(pair.name.encode())])  # the same point whatever else is in the folder
+    rng = np.random.default_rng([seed, zlib.crc32(pair.name.encode())])  # the points do not depend on other files
     pixels = hashlib.blake2b(rgb.tobytes(), digest_size=16, salt=str(rgb.size).encode()).digest()
-    return Outcome(pair, "", folder, converted, pixels, draw_points(classes, rng))
+    return Outcome(pair, "", folder, converted, pixels, sample_points(classes, class_table, rng))
 
 
 def _leave_out_copies(outcomes: Iterable[Outcome]) -> None:
-    """Leave out TrainVal pictures that are also in Test, or twice in TrainVal, where they could reach both sides of the
-    train/validation split. Test itself stays complete, so that scores compare with other people's."""
+    """Leave out TrainVal pictures that are also in Test, or twice in TrainVal, where they could be on both sides of the
+    train/validation split. Test itself stays complete, so that scores are comparable with published ones."""
     seen: dict[bytes, Pair] = {}
     for outcome in sorted(outcomes, key=lambda outcome: outcome.pair.split != "Test"):
         if outcome.reason:
@@ -265,12 +268,12 @@ def _leave_out_copies(outcomes: Iterable[Outcome]) -> None:
             outcome.reason = f"same picture as {first.split} {first.name}"
 
 
-def _set_aside_strays(base: Path, kept: list[Outcome]) -> list[str]:
-    """Move prepared files that are not part of this preparation to BASE_DIR/stale/, and name them. Never delete: one
-    could be the last copy of an original that is gone."""
+def _move_strays(base: Path, kept: list[Outcome], class_table: ClassTable) -> list[str]:
+    """Move prepared files that are not part of this preparation to BASE_DIR/stale/; returns their names. They are never
+    deleted, because one could be the last copy of a lost original."""
     moved = []
     expected = {(outcome.pair.split, outcome.folder, outcome.pair.name) for outcome in kept}
-    for path in _prepared_files(base):
+    for path in _prepared_files(base, class_table):
         split, _, folder, file = path.relative_to(base).parts
         if (split, folder, Path(file).stem) not in expected:
             target = base / "stale" / path.relative_to(base)
@@ -282,23 +285,20 @@ def _set_aside_strays(base: Path, kept: list[Outcome]) -> list[str]:
     return moved
 
 
-def _prepared_files(base: Path) -> list[Path]:
+def _prepared_files(base: Path, class_table: ClassTable) -> list[Path]:
     return [
         path
         for split in SPLITS
         for kind in ("color", "label")
-        for folder in SPECIES
+        for folder in class_table.species
         for path in visible_files(base / split / kind / folder)
     ]
 
 
 def _write_points(path: Path, outcomes: list[Outcome]) -> None:
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["name", "class", "x", "y"])
-    for outcome in sorted(outcomes, key=lambda outcome: outcome.pair.name):
-        rows.writerows([outcome.pair.name, *point] for point in outcome.points)
-    _write_if_changed(path, text.getvalue().encode())
+    ordered = sorted(outcomes, key=lambda outcome: outcome.pair.name)
+    rows = [[outcome.pair.name, *point] for outcome in ordered for point in outcome.points]
+    _write_if_changed(path, format_csv(["name", "class", "x", "y"], rows))
 
 
 def _link(original: Path, prepared: Path) -> None:
@@ -307,7 +307,7 @@ def _link(original: Path, prepared: Path) -> None:
     with atomic_path(prepared) as temporary:
         try:
             os.link(original.resolve(), temporary)
-        except OSError:  # another file system, or one without hard links
+        except OSError:  # on another file system, or on one without hard links
             shutil.copyfile(original, temporary)
 
 
@@ -322,19 +322,19 @@ def _write_if_changed(path: Path, content: bytes) -> None:
         write_bytes(path, content)
 
 
-def _fingerprint(originals: Originals, seed: int) -> str:
-    """Hash of the state of every original and every prepared file: equal means that there is nothing to do."""
+def _fingerprint(originals: Originals, seed: int, class_table: ClassTable) -> str:
+    """Hash of the classes and of the state of every original and prepared file: if it is equal, nothing is to do."""
     base = originals.base
-    files = [*originals.files, *_prepared_files(base), *(base / split / "points.csv" for split in SPLITS)]
+    files = [*originals.files, *_prepared_files(base, class_table), *(base / split / "points.csv" for split in SPLITS)]
     states = []
     for path in files:
         state = path.stat() if path.exists() else None
         states.append((relative(path, base), state and state.st_size, state and state.st_mtime_ns))
-    return hashlib.sha256(repr((VERSION, seed, states)).encode()).hexdigest()
+    return hashlib.sha256(repr((VERSION, seed, class_table.as_plain_dict(), states)).encode()).hexdigest()
 
 
 def summary(base: Path, report: dict, fresh: bool) -> str:
-    """The outcome in a few lines: counts, and what was left out with the reasons."""
+    """The report in a few lines: counts, and the files that were left out with the reasons."""
     lines = [
         f"{base}: {'prepared' if fresh else 'already prepared, nothing to do'} ({report['layout']} layout"
         + (", SYNTHETIC drawings" if report["synthetic"] else "")
@@ -342,11 +342,11 @@ def summary(base: Path, report: dict, fresh: bool) -> str:
     ]
     for split, counts in report["counts"].items():
         lines.append(f"  {split:9}" + ", ".join(f"{count} {folder}" for folder, count in counts.items()))
-    lines += [f"  warning: {warning}; training and a fair test need both species" for warning in report["warnings"]]
+    lines += [f"  warning: {warning}; training and a fair test need all species" for warning in report["warnings"]]
     lines += [f"  converted: {row['file']}: {row['reason']}" for row in report["converted"][:20]]
     if report["set_aside"]:
         lines.append(
-            f"  moved to {base / 'stale'}: {len(report['set_aside'])} prepared files that no longer belong here"
+            f"  moved to {base / 'stale'}: {len(report['set_aside'])} prepared files that no longer match the originals"
         )
     if report["left_out"]:
         kinds = Counter(row["reason"] for row in report["left_out"])
@@ -364,8 +364,8 @@ def _write_errors(base: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(
-            f"cannot read or write in {base}: {error}. Free space or change the permissions and run again: "
-            "the originals are untouched, and what is prepared so far is checked anew."
+            f"cannot read or write in {base}: {error}. Free space or change the permissions, then run again: "
+            "the originals are untouched, and files that are already prepared are checked again."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""The original photographs and labels: fetch them, recognize their layout, pair the ones with the others."""
+"""The original photographs and labels: download them, recognize their layout, pair photographs with labels."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from utils.files import PICTURE_SUFFIXES, InputError
+from utils.dataset import PETS
+from utils.files import InputError
+from utils.image import PICTURE_SUFFIXES
 
 SPLITS = ("TrainVal", "Test")
-ANNOTATIONS = ("list.txt", "trainval.txt", "test.txt", "trimaps")  # what makes the original layout complete
+ANNOTATIONS = ("list.txt", "trainval.txt", "test.txt", "trimaps")  # all of them are needed in the original layout
+SPECIES = {"1": PETS.value("cat"), "2": PETS.value("dog")}  # class of the species numbers in list.txt
 
 
 @dataclass
 class Pair:
-    """A photograph and its label. `species` is set where the label is a trimap, which does not tell it."""
+    """A photograph and its label. `species` is set if the label is a trimap, which does not contain it."""
 
     name: str
     split: str
@@ -26,22 +29,22 @@ class Pair:
 
 @dataclass
 class Originals:
-    """What `base` holds, before any picture is opened. `left_out` holds (file, reason)."""
+    """The files of `base`, before any picture is opened. `left_out` holds (file, reason)."""
 
     base: Path
     layout: str
     pairs: list[Pair] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
-    files: list[Path] = field(default_factory=list)  # all that the outcome depends on
+    files: list[Path] = field(default_factory=list)  # every file that the result depends on
 
     def leave_out(self, path: Path, reason: str, *, entry: str = "") -> None:
-        """Note that a file, or an entry of a list file, is not used, and why."""
+        """Record that a file, or an entry of a list file, is not used, and the reason."""
         file = relative(path, self.base) + entry
         self.left_out.append((file.encode(errors="backslashreplace").decode(), reason))
 
 
 def find_originals(base: Path) -> Originals | None:
-    """Recognize the layout of `base` and pair images with labels; None when it has neither layout."""
+    """Recognize the layout of `base` and pair images with labels; None if it has neither layout."""
     if (base / "images").is_dir() and (base / "annotations").is_dir():
         return _find_original(base)
     if any(visible_files(base / split / "color") for split in SPLITS):
@@ -74,7 +77,10 @@ def _find_original(base: Path) -> Originals:
             elif name not in trimaps:
                 originals.leave_out(images[name], "image without a label")
             else:
-                value = species.get(name) or own_species or (1 if name[0].isupper() else 2)
+                guess = PETS.value(
+                    "cat" if name[0].isupper() else "dog"
+                )  # breeds of cats are capitalized in these data
+                value = species.get(name) or own_species or guess
                 originals.pairs.append(Pair(name, split, images[name], trimaps[name], value))
     for name, path in images.items():
         if not any(name in names for names in listed.values()):
@@ -106,7 +112,7 @@ def _find_report(base: Path) -> Originals:
 
 
 def _by_stem(originals: Originals, folder: Path) -> dict[str, Path]:
-    """The pictures of a folder by name without suffix; what cannot be one is left out."""
+    """The pictures of a folder by name without suffix; other files are left out."""
     pictures: dict[str, Path] = {}
     for path in visible_files(folder):
         originals.files.append(path)
@@ -124,13 +130,13 @@ def _by_stem(originals: Originals, folder: Path) -> dict[str, Path]:
 def _is_utf8(name: str) -> bool:
     try:
         name.encode()
-    except UnicodeEncodeError:  # Python stands in for other bytes with lone surrogates
+    except UnicodeEncodeError:  # Python represents other bytes by lone surrogates
         return False
     return True
 
 
 def _read_list(originals: Originals, path: Path) -> dict[str, int | None]:
-    """Species by name from lines `NAME CLASS-ID SPECIES BREED-ID`; None where a line holds the name alone."""
+    """Species by name from lines `NAME CLASS-ID SPECIES BREED-ID`; None if a line holds only the name."""
     names: dict[str, int | None] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), start=1):
         fields = line.split()
@@ -138,15 +144,15 @@ def _read_list(originals: Originals, path: Path) -> dict[str, int | None]:
             continue
         if len(fields) == 1:
             names[fields[0]] = None
-        elif len(fields) >= 3 and fields[2] in ("1", "2"):
-            names[fields[0]] = int(fields[2])
+        elif len(fields) >= 3 and fields[2] in SPECIES:
+            names[fields[0]] = SPECIES[fields[2]]
         else:
             originals.leave_out(path, f"cannot read the line {line!r}", entry=f":{number}")
     return names
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """Files of a folder, sorted. Hidden ones (the original archive is full of macOS `._NAME` files) are no data."""
+    """Files of a folder, sorted, without hidden ones (the original archive contains many macOS `._NAME` files)."""
     if not folder.is_dir():
         return []
     return sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_file() and entry.name[0] != ".")
@@ -160,11 +166,14 @@ def download(base: Path) -> None:
 
     unfinished = base / ".download"
     unpacked = unfinished / "oxford-iiit-pet"
-    for name in ("images", "annotations"):  # half unpacked when the last try was cut short; whole archives are kept
+    for name in (
+        "images",
+        "annotations",
+    ):  # may be half unpacked; complete archives are kept
         shutil.rmtree(unpacked / name, ignore_errors=True)
     try:
         OxfordIIITPet(str(unfinished), download=True)
-    except Exception as error:  # the network, the server, a checksum: torchvision raises many kinds
+    except Exception as error:  # network, server, checksum: torchvision raises many kinds of errors
         raise InputError(
             f"the download failed ({error}). Run again to continue, or fetch images.tar.gz and annotations.tar.gz from "
             f"https://www.robots.ox.ac.uk/~vgg/data/pets/ yourself, unpack both in {base} and run without --download."
@@ -186,5 +195,5 @@ def no_layout(base: Path) -> str:
 
 
 def relative(path: Path, base: Path) -> str:
-    """The path below `base`, as reports name it."""
+    """The path below `base`, as it stands in reports."""
     return path.relative_to(base).as_posix()

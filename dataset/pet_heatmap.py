@@ -1,8 +1,7 @@
-"""Pets with a clicked point: what lies under it is to be segmented (report section 9)."""
+"""Clicks on pets: segment the side of the pet's outline that was clicked (report section 9)."""
 
 from __future__ import annotations
 
-import csv
 import logging
 import math
 from collections.abc import Sequence
@@ -12,22 +11,22 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from dataset.pet import PetDataset, Record, find_records
-from utils.dataset import CLASSES, IGNORE, pet_pixels, rescale_point
-from utils.dataset_prep import prompt_pictures, random_pixel
-from utils.files import InputError, atomic_path
+from utils.dataset import CLICKS, IGNORE, ClassTable, foreground
+from utils.dataset_prep import heatmap_and_mask, random_pixel
+from utils.files import InputError, atomic_path, read_csv
+from utils.image import picture_size, rescale_point
 
 log = logging.getLogger(__name__)
 
-MARGIN = 1 / 16  # how far from the other side a click is near the outline, as a share of the image's edge
+BORDER_WIDTH = 1 / 16  # of the pixels beside the outline that half of the random clicks fall on; share of the edge
 
 
 class Click(NamedTuple):
-    """A point of a photograph: x and y in its pixels, origin top left, and whether it lies on the pet."""
+    """A point: x and y in pixels, origin top left, and whether it is on the pet or on the background."""
 
     x: float
     y: float
@@ -35,41 +34,31 @@ class Click(NamedTuple):
 
 
 def read_points(records: Sequence[Record]) -> list[list[Click]]:
-    """The fixed points of each record, from the points.csv that preparation wrote for its split.
+    """The fixed points of each record in pixels of its photograph, from the points.csv of its split.
 
-    A photograph without pet or without background has no point of that kind: counted and logged. InputError for a
-    name that is not prepared, a class that the photograph does not hold, or a point outside it.
+    A photograph without pet or without background has no point of that kind, which is logged. InputError for a name
+    that is not prepared, a class that is not in the photograph, or a point outside it.
     """
     path = records[0].image.parents[2] / "points.csv"
     again = f"Run: python dataset/dataset_prep.py {path.parents[1]}"
     if not path.is_file():
         raise InputError(f"{path} is missing. {again}")
+    rows = read_csv(path)
+    columns = list(rows[0]) if rows else []
+    if columns[:4] != ["name", "class", "x", "y"]:
+        raise InputError(f"{path} has the columns {columns}, expected name, class, x, y. {again}")
     prepared = {file.stem for file in (path.parent / "color").glob("*/*.jpg")}
-    clicks: dict[str, list[Click]] = {record.name: [] for record in records}
-    species = {record.name: CLASSES[record.species] for record in records}
-    sizes = {record.name: picture_size(record.image) for record in records}
-    with path.open(newline="") as file:
-        rows = csv.DictReader(file)
-        if rows.fieldnames != ["name", "class", "x", "y"]:
-            raise InputError(f"{path} has the columns {rows.fieldnames}, expected name, class, x, y. {again}")
-        for row in rows:
-            where, name = f"{path}, line {rows.line_num}", row["name"]
-            if name not in prepared:
-                raise InputError(f"{where}: {name!r} is no image of {path.parent}. {again}")
-            if name not in clicks:  # left out by --limit, or on the other side of the split
-                continue
-            if row["class"] not in (CLASSES[0], species[name]):
-                raise InputError(f"{where}: class {row['class']!r}, expected {CLASSES[0]} or {species[name]}. {again}")
+    by_name = {record.name: record for record in records}
+    clicks: dict[str, list[Click]] = {name: [] for name in by_name}
+    for number, row in enumerate(rows, start=2):
+        name = row["name"]
+        if name not in prepared:
+            raise InputError(f"{path}, line {number}: {name!r} is not an image of {path.parent}. {again}")
+        if name in by_name:  # others are excluded by --limit, or on the other side of the split
             try:
-                x, y = float(row["x"]), float(row["y"])
-            except (TypeError, ValueError):
-                x = y = math.nan
-            width, height = sizes[name]
-            if not (0 <= x <= width - 1 and 0 <= y <= height - 1):
-                raise InputError(
-                    f"{where}: ({row['x']}, {row['y']}) is no point of {name}, which is {width}x{height}. {again}"
-                )
-            clicks[name].append(Click(x, y, row["class"] != CLASSES[0]))
+                clicks[name].append(_read_point(row, by_name[name]))
+            except InputError as error:
+                raise InputError(f"{path}, line {number}: {error}. {again}") from None
     for on_pet, kind in ((True, "pet"), (False, "background")):
         missing = [name for name, points in clicks.items() if all(point.on_pet != on_pet for point in points)]
         if missing:
@@ -77,90 +66,111 @@ def read_points(records: Sequence[Record]) -> list[list[Click]]:
     return list(clicks.values())
 
 
-def picture_size(path: Path) -> tuple[int, int]:
-    """Width and height, from the file's header."""
-    with Image.open(path) as picture:
-        return picture.size
+def _read_point(row: dict[str, str], record: Record) -> Click:
+    names = record.class_table.names
+    background, species = names[0], names[record.species]
+    if row["class"] not in (background, species):
+        raise InputError(f"class {row['class']!r}, expected {background} or {species}")
+    try:
+        x, y = float(row["x"]), float(row["y"])
+    except (TypeError, ValueError):
+        x = y = math.nan
+    width, height = picture_size(record.image)
+    if not (0 <= x <= width - 1 and 0 <= y <= height - 1):
+        raise InputError(f"({row['x']}, {row['y']}) is not a point of {record.name}, which is {width}x{height}")
+    return Click(x, y, row["class"] == species)
 
 
-def under_click(mask: Tensor, on_pet: Tensor) -> Tensor:
-    """Targets (B, H, W) uint8 of clicks: 1 what lies under the click, 0 what does not, 255 where `mask` is.
+def click_target(mask: Tensor, on_pet: Tensor) -> Tensor:
+    """Targets (B, H, W) uint8 of clicks: 1 on the clicked side of the outline, 0 on the other, 255 where `mask` is 255.
 
-    `mask` (B, H, W) is in classes, `on_pet` (B,) says of each click whether it is on the pet or beside it.
+    `mask` (B, H, W) holds classes, `on_pet` (B,) whether the click is on the pet.
     """
-    target = (pet_pixels(mask) == on_pet[:, None, None]).to(torch.uint8)
+    target = (foreground(mask) == on_pet[:, None, None]).to(torch.uint8)
     return torch.where(mask == IGNORE, IGNORE, target)
 
 
-class PetHeatmapDataset(PetDataset):
-    """A PetDataset whose items also hold clicks: `point` (K, 2), x and y in pixels of the item's image, `on_pet` (K,).
+class RandomClickDataset(PetDataset):
+    """Pets with two random clicks on every augmented image, one on the pet and one on the background, for training.
 
-    With `transform` (training) two clicks are drawn from the augmented mask, on the pet and beside it, so that every
-    image teaches that the click matters; each with even chance near the outline, where it is hardest to tell them apart
-    (as Xu et al. 2016 draw clicks around an object). In half of these items either click is also the one to `avoid`
-    (K, 2) for the other; elsewhere that is NaN. Without (validation) a sample is a photograph with one of its fixed
-    points. The heatmaps are drawn by the model.
+    Items also have `points` (2, 2), x and y in pixels of the item's image, and `on_pet` (2,). Each click falls near the
+    outline with probability 1/2, as in Xu et al. 2016. With probability 1/2 each click is the other's negative point in
+    `negative_points` (2, 2), else these are NaN (the terms of RITM, Sofiiuk et al. 2022).
     """
 
-    def __init__(self, records: Sequence[Record], size: int, **options: Any):
-        super().__init__(records, size, **options)
-        self.clicks: list[Click] = []
-        if self.transform is None:
-            picked = list(self.indices)
-            points = read_points([records[index] for index in picked])
-            self.indices = []
-            for index, clicks in zip(picked, points):
-                photo = picture_size(records[index].image)
-                self.indices += [index] * len(clicks)
-                self.clicks += [Click(*rescale_point(x, y, photo, (size, size)), on_pet) for x, y, on_pet in clicks]
+    @property
+    def class_table(self) -> ClassTable:
+        return CLICKS
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         item = super().__getitem__(key)
         epoch, sample = key if isinstance(key, tuple) else (0, key)
-        if self.transform is None:
-            clicks, avoided = [self.clicks[sample]], False
-        else:
-            # A stream of its own: the augmentation has drawn from (seed, epoch, sample).
-            rng = np.random.default_rng([self.seed, epoch, sample, 1])
-            mask = item["mask"].numpy()
-            sides = {True: pet_pixels(mask), False: mask == 0}
-            kinds = [on_pet for on_pet, where in sides.items() if where.any()]
-            if not kinds:
-                raise InputError(f"{self.records[self.indices[sample]].label} holds neither pet nor background")
-            # Where there is no such thing as a click of the other kind, two of the same.
-            clicks = [
-                Click(*random_pixel(sides[on_pet] if rng.integers(2) else near(sides, on_pet), rng), on_pet)
-                for on_pet in (kinds[0], kinds[-1])
-            ]
-            avoided = len(kinds) == 2 and bool(rng.integers(2))
-        points = torch.tensor([[click.x, click.y] for click in clicks], dtype=torch.float32)
-        return item | {
-            "point": points,
-            "avoid": points.flip(0) if avoided else torch.full_like(points, math.nan),
-            "on_pet": torch.tensor([click.on_pet for click in clicks]),
-        }
+        rng = np.random.default_rng([self.seed, epoch, sample, 1])  # a stream of its own, beside the augmentation's
+        mask = item["mask"].numpy()
+        sides = {True: foreground(mask), False: mask == 0}
+        present = [on_pet for on_pet, side in sides.items() if side.any()]
+        if not present:
+            raise InputError(f"{self.records[self.indices[sample]].label} holds neither pet nor background")
+        clicks = []
+        for on_pet in (present[0], present[-1]):  # if only one side is visible, both clicks are on it
+            side = sides[on_pet] if rng.integers(2) else border_pixels(sides, on_pet)
+            clicks.append(Click(*random_pixel(side, rng), on_pet))
+        return item | click_tensors(clicks, opposed=len(present) == 2 and bool(rng.integers(2)))
 
 
-def near(sides: dict[bool, np.ndarray], on_pet: bool) -> np.ndarray:
-    """The pixels (H, W) of one side that are near the other, or the whole side where none is."""
+class FixedClickDataset(PetDataset):
+    """Pets with the fixed points of points.csv, for validation: a sample is a photograph with one of its points.
+
+    Items have the keys of RandomClickDataset, with one point each and no negative point.
+    """
+
+    def __init__(self, records: Sequence[Record], size: int, **options: Any):
+        super().__init__(records, size, **options)
+        photographs = list(self.indices)
+        points = read_points([records[index] for index in photographs])
+        self.indices, self.clicks = [], []
+        for index, clicks in zip(photographs, points):
+            photo = picture_size(records[index].image)
+            self.indices += [index] * len(clicks)
+            self.clicks += [Click(*rescale_point(x, y, photo, (size, size)), on_pet) for x, y, on_pet in clicks]
+
+    @property
+    def class_table(self) -> ClassTable:
+        return CLICKS
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        sample = key[1] if isinstance(key, tuple) else key
+        return super().__getitem__(key) | click_tensors([self.clicks[sample]])
+
+
+def click_tensors(clicks: Sequence[Click], *, opposed: bool = False) -> dict[str, Tensor]:
+    """`points`, `negative_points` and `on_pet` of an item; `opposed`: two clicks are each other's negative point."""
+    points = torch.tensor([[click.x, click.y] for click in clicks], dtype=torch.float32)
+    return {
+        "points": points,
+        "negative_points": points.flip(0) if opposed else torch.full_like(points, math.nan),
+        "on_pet": torch.tensor([click.on_pet for click in clicks]),
+    }
+
+
+def border_pixels(sides: dict[bool, np.ndarray], on_pet: bool) -> np.ndarray:
+    """The pixels (H, W) of one side within BORDER_WIDTH of the other side; the whole side if there are none."""
     side = sides[on_pet]
-    edge = 2 * max(1, round(MARGIN * max(side.shape))) + 1
+    edge = 2 * max(1, round(BORDER_WIDTH * max(side.shape))) + 1
     found = side & (cv2.dilate(sides[not on_pet].astype(np.uint8), np.ones((edge, edge), np.uint8)) > 0)
     return found if found.any() else side
 
 
-def save_prompts(base_dir: Path, split: str) -> int:
-    """Write every fixed point's heatmap and mask to BASE_DIR/SPLIT/prompt/NAME_{pet,background}_{heatmap,mask}.png.
-
-    Returns the number of points. Pictures have the size of the photograph.
-    """
+def save_heatmaps(base_dir: Path, split: str) -> int:
+    """Write the heatmap and mask of every fixed point to BASE_DIR/SPLIT/prompt/NAME_{pet,background}_{heatmap,mask}.png
+    at the photograph's size; returns the number of points."""
     records = find_records(base_dir, split)
     points = read_points(records)
     for record, clicks in zip(tqdm(records, desc=f"heatmaps {split}", unit="image", leave=False), points):
         label = record.load_label()
         for x, y, on_pet in clicks:
-            stem = base_dir / split / "prompt" / f"{record.name}_{'pet' if on_pet else 'background'}"
-            for kind, picture in zip(("heatmap", "mask"), prompt_pictures(label, int(x), int(y))):
-                with atomic_path(stem.with_name(f"{stem.name}_{kind}.png")) as temporary:
+            stem = f"{record.name}_{'pet' if on_pet else 'background'}"
+            for kind, picture in zip(("heatmap", "mask"), heatmap_and_mask(label, int(x), int(y))):
+                with atomic_path(base_dir / split / "prompt" / f"{stem}_{kind}.png") as temporary:
                     picture.save(temporary, "PNG", compress_level=1)
     return sum(map(len, points))

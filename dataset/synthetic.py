@@ -1,8 +1,8 @@
 """Draws a small pet data set in the layout of Oxford-IIIT Pet, for the demo and the tests.
 
-The pictures are SYNTHETIC: scores on them show that the code works and compare with nothing. Cats and dogs share coats,
-sizes, poses and backgrounds; what tells them apart is their shape: a cat has pointed ears, a round face and a long thin
-tail, a dog hanging ears, a snout, a deep chest and a short tail.
+The pictures are SYNTHETIC: scores on them show that the code works and are not comparable to any benchmark. Cats and
+dogs share coats, sizes, poses and backgrounds and differ in shape: a cat has pointed ears, a round face and a long thin
+tail; a dog has hanging ears, a snout, a deep chest and a short tail.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from utils.files import InputError, atomic_path, write_bytes
 
 MARKER = "SYNTHETIC.txt"
 BAND = 5  # width in pixels of the boundary band
-SMOOTH = 2  # drawn so many times larger and scaled down, for smooth edges
+SMOOTH = 2  # drawn this many times larger and scaled down, for smooth edges
 
 
 def draw_dataset(base: Path, count: int, *, seed: int = 0) -> None:
     """Draw `count` pets, one cat to two dogs, half of them for training, into base/images and base/annotations.
 
-    The same seed draws the same pictures. A second call does nothing, an interrupted one is taken up. InputError when
-    `base` holds other data, which is left alone.
+    The same seed draws the same pictures. A second call does nothing, and an interrupted one is completed. InputError
+    when `base` holds other data, which is not changed.
     """
     drawing = f"{count} synthetic pets, drawn by dataset/synthetic.py with seed {seed}"
-    marker = f"{drawing}. Scores on them compare with nothing.\n"
+    marker = f"{drawing}. Scores on them are not comparable to any benchmark.\n"
     annotations = base / "annotations"
     if (base / MARKER).exists():
-        if (base / MARKER).read_text() != marker:
-            held = (base / MARKER).read_text().split(". ")[0]
+        held = (base / MARKER).read_text(encoding="utf-8").split(". ")[0]
+        if held != drawing:
             raise InputError(f"--synthetic: {base} holds {held}, not {drawing}; use another folder")
         if (annotations / "test.txt").exists():
             return
     elif any((base / name).exists() for name in ("images", "annotations", "TrainVal", "Test")):
         raise InputError(
-            f"--synthetic: {base} holds other data, which drawings must not be mixed with; use another folder"
+            f"--synthetic: {base} holds other data, and drawings must not be mixed with it; use another folder"
         )
     write_bytes(base / MARKER, marker.encode())
 
@@ -55,7 +55,7 @@ def draw_dataset(base: Path, count: int, *, seed: int = 0) -> None:
         line = f"{name} {species} {species} {drawn[species]}"
         lines["list"].append(line)
         lines["trainval" if drawn[species] % 2 else "test"].append(line)
-    for name, rows in lines.items():  # test.txt last: it says that all is there
+    for name, rows in lines.items():  # test.txt last: it marks the data as complete
         write_bytes(annotations / f"{name}.txt", ("\n".join(sorted(rows)) + "\n").encode())
 
 
@@ -65,7 +65,7 @@ def draw_pet(species: int, rng: np.random.Generator) -> tuple[np.ndarray, np.nda
     parts = _place(_cat(rng) if species == 1 else _dog(rng), width, height, rng)
     coat = rng.uniform(40, 220, 3) * 0.35 + rng.uniform(40, 220) * 0.65
 
-    tones = Image.new("F", (width * SMOOTH, height * SMOOTH), 0.0)  # brightness of each part; 0 where no pet is
+    tones = Image.new("F", (width * SMOOTH, height * SMOOTH), 0.0)  # brightness of each part; 0 outside the pet
     draw = ImageDraw.Draw(tones)
     for points, tone in parts:
         draw.polygon([tuple(point * SMOOTH) for point in points], fill=tone)

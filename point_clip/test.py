@@ -1,64 +1,56 @@
 """python point_clip/test.py --checkpoint runs/point_clip/best.pt --data Dataset
 
-Score a model prompted by clicks, or segment what lies under a point of photographs of your own:
+Score a model prompted by clicks, or segment the object under a click in photographs of your own:
 python point_clip/test.py --images PATH ... --point 120,80
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.config import TestConfig, flag, parse, run_script
+from clip_seg.config import ClipTestConfig
+from utils.config import flag, parse, point, run_script
 from utils.files import InputError
 
 
-def point(text: str) -> tuple[float, float]:
-    """`X,Y` in pixels of the photograph, origin top left."""
-    try:
-        x, y = map(float, text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected X,Y in pixels, such as 120,80, got {text!r}") from None
-    return x, y
-
-
 @dataclass
-class Config(TestConfig):
-    """The shared flags, where the weights of a frozen CLIP are, and a click."""
+class Config(ClipTestConfig):
+    """The flags of every model on CLIP, and a click."""
 
-    checkpoint: Path = flag(Path("runs/point_clip/best.pt"), "file that point_clip/train.py wrote")
-    clip_model: str | None = flag(None, "where a frozen CLIP's weights are now (default: where they were in training)")
+    checkpoint: Path = flag(Path("runs/point_clip/best.pt"), "file written by point_clip/train.py")
     point: tuple | None = flag(None, "with --images: the click, X,Y in pixels of each photograph", parse=point)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if bool(self.images) != bool(self.point):
+            raise InputError("--images and --point go together: give the photographs and the click")
 
 
 def main() -> None:
     config = parse(Config, __doc__)
-    if bool(config.images) != bool(config.point):
-        raise InputError("--images and --point go together: what lies under which point?")
 
-    # Heavy imports come after parsing, so that --help answers at once.
-    from clip_seg.model import moved
-    from dataset.perturbation import check_flags, make_damage
-    from dataset.pet import is_synthetic, make_test_loader
+    # Heavy imports come after parsing, so that --help answers immediately.
+    from dataset.pet import make_test_set
     from point_clip.model import build_point_clip
     from point_clip.scoring import score_clicks
-    from utils.distributed import join
-    from utils.evaluation import segment_pictures
-    from utils.helper import load_model
+    from utils.dataset import CLICKS
+    from utils.distributed import init_distributed, print_once
+    from utils.helper import restore_model
+    from utils.predictor import Predictor, predict_photographs
 
-    check_flags(config)
-    device = join(config.device)
-    model, checkpoint = load_model(config.checkpoint, moved(build_point_clip, config.clip_model), "point_clip", device)
+    device = init_distributed(config.device)
+    build = partial(build_point_clip, clip_model=config.clip_model)
+    model, checkpoint = restore_model(config.checkpoint, build, "point_clip", device, default_classes=CLICKS)
     if config.images:
-        segment_pictures(model, checkpoint, config, device, point=config.point)
+        print_once(predict_photographs(Predictor(model, checkpoint), config.images, config.results, config.point))
     else:
-        size = checkpoint["config"]["image_size"]
-        loader, damage = make_test_loader(config, size), make_damage(config, size)
-        score_clicks(model, checkpoint, loader, config, device, synthetic=is_synthetic(config.data), damage=damage)
+        test_set = make_test_set(config, checkpoint["config"]["image_size"])
+        print_once(score_clicks(model, checkpoint, test_set, config, device))
 
 
 if __name__ == "__main__":

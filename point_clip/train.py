@@ -1,6 +1,6 @@
 """python point_clip/train.py --data Dataset --out runs/point_clip
 
-Train CLIP with a clicked point: what lies under the click is the object (report section 9).
+Train CLIP with a clicked point: the object is the side of the pet's outline that was clicked (report section 9).
 """
 
 from __future__ import annotations
@@ -12,20 +12,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from clip_seg.train import ClipConfig
-from utils.config import flag, parse, run_script
+from clip_seg.config import ClipConfig
+from utils.config import flag, flag_name, parse, run_script
 from utils.files import InputError
 
 if TYPE_CHECKING:
     from point_clip.model import PointClip
 
 
-START_SCALE = 0.2  # a segmenter's logits are large where it is sure, and what saturates does not learn
-
-
 @dataclass
 class Config(ClipConfig):
-    """The flags of the models on CLIP, and how the click is shown."""
+    """The flags of every model on CLIP, and how the network gets the click."""
 
     out: Path = flag(Path("runs/point_clip"), "folder of this run")
     point_encoding: Literal["heatmap", "disk"] = flag(
@@ -41,31 +38,32 @@ def main() -> None:
     if config.point_encoding == "heatmap" and config.base_channels != Config.base_channels:
         raise InputError("--base-channels is for --point-encoding disk: with a heatmap CLIP's width is the decoder's")
 
-    # Heavy imports come after parsing, so that --help answers at once.
+    # Heavy imports come after parsing, so that --help answers immediately.
     import torch
 
     from clip_seg.model import make_encoder
-    from dataset.pet import make_train_loaders
-    from dataset.pet_heatmap import PetHeatmapDataset, under_click
-    from point_clip.model import CLASS_NAMES, PointClip
+    from dataset.pet import make_train_sets
+    from dataset.pet_heatmap import FixedClickDataset, RandomClickDataset, click_target
+    from point_clip.model import PointClip
     from utils.dataset import IGNORE
     from utils.loss import SegmentationLoss
-    from utils.train import StepOutput, fit, make_accelerator
+    from utils.run import start_run
+    from utils.train import StepOutput, fit
 
-    criterion = SegmentationLoss(config.loss, "ignore")  # the boundary is dealt with below
+    criterion = SegmentationLoss(config.loss, "ignore")  # `step` assigns the boundary to a side itself
 
     def step(model, batch):
-        clicks = batch["point"].shape[1]  # on every image
+        clicks = batch["points"].shape[1]  # on every image
         mask, on_pet = batch["mask"].repeat_interleave(clicks, dim=0), batch["on_pet"].flatten()
-        avoid = batch["avoid"].flatten(0, 1) if config.point_encoding == "disk" else None
-        logits = model(batch["image"], batch["point"].flatten(0, 1), avoid)
-        # A boundary that counts as background lies under a click on the background.
+        negative = batch["negative_points"].flatten(0, 1) if config.point_encoding == "disk" else None
+        logits = model(batch["image"], batch["points"].flatten(0, 1), negative)
+        # A boundary that is learned as background belongs to the object of a click on the background.
         learned = torch.where(mask == IGNORE, 0, mask) if config.boundary == "background" else mask
         two = torch.cat([torch.zeros_like(logits), logits], dim=1)  # the softmax of (0, z) is the sigmoid of z
-        return StepOutput(criterion(two, under_click(learned, on_pet)), logits, under_click(mask, on_pet))
+        return StepOutput(criterion(two, click_target(learned, on_pet)), logits, click_target(mask, on_pet))
 
-    accelerator = make_accelerator(config)
-    train_loader, val_loader, split = make_train_loaders(config, dataset_class=PetHeatmapDataset)
+    run = start_run(config, "point_clip")
+    train_set, val_set = make_train_sets(config, RandomClickDataset, FixedClickDataset)
     options = {"encoding": config.point_encoding, "base_channels": config.base_channels, "skips": config.skips}
     if config.clip_seg:
         model, encoder_args = start_from(config, options)
@@ -77,50 +75,29 @@ def main() -> None:
             random_init=config.clip_random_init,
         )
         model = PointClip(encoder, **options)
-    fit(
-        model,
-        step,
-        train_loader,
-        val_loader,
-        config,
-        accelerator=accelerator,
-        model_name="point_clip",
-        model_args={"encoder": encoder_args, **options},
-        split=split,
-        class_names=CLASS_NAMES,
-    )
+    fit(model, step, train_set, val_set, run, {"encoder": encoder_args, **options})
 
 
 def start_from(config: Config, options: dict[str, Any]) -> tuple[PointClip, dict[str, Any]]:
-    """A model with the trained parts of `--clip-seg`, and the plain values that describe its encoder.
-
-    A disk's features start from the segmenter's classes: clicks on a background that looks like the pet, or the other
-    way round, are what goes wrong most, and the segmenter has most of them right.
+    """A model that starts from the checkpoint of `--clip-seg`, and the plain values that describe its encoder.
 
     InputError for a flag that asks for another CLIP or decoder than the checkpoint's.
     """
     import torch
 
     from clip_seg.model import build_segmenter
-    from point_clip.model import PointClip
-    from utils.helper import load_model
+    from point_clip.model import from_segmenter
+    from utils.helper import restore_model
 
-    segmenter, start = load_model(config.clip_seg, build_segmenter, "clip_seg", torch.device("cpu"))
+    segmenter, start = restore_model(config.clip_seg, build_segmenter, "clip_seg", torch.device("cpu"))
     its = start["model_args"]
     for name in ("clip_model", "clip_image_size", "clip_random_init", "freeze_encoder"):
         if (value := getattr(config, name)) != getattr(Config, name) and value != start["config"][name]:
-            flag_name = f"--{name.replace('_', '-')}"
-            raise InputError(f"{flag_name} {value}: --clip-seg brings its own CLIP, leave {flag_name} out")
+            raise InputError(f"{flag_name(name)} {value}: --clip-seg brings its own CLIP, leave {flag_name(name)} out")
     if options["encoding"] == "disk" and any(options[name] != its[name] for name in ("base_channels", "skips")):
         fitting = f"--base-channels {its['base_channels']}{' --skips' if its['skips'] else ''}"
-        raise InputError(f"the decoder of --clip-seg {config.clip_seg} is another one: give it as {fitting}")
-    model = PointClip(segmenter.encoder, **options)
-    if options["encoding"] == "disk":
-        model.project, model.decoder = segmenter.project, segmenter.decoder
-        with torch.no_grad():  # what is compared with the click starts as what the segmenter tells apart: pet or not
-            for compared, classes in zip(model.reduce[0].parameters(), segmenter.head.parameters()):
-                compared += START_SCALE * (classes[1:].mean(dim=0) - classes[0])
-    return model, its["encoder"]
+        raise InputError(f"--clip-seg {config.clip_seg} has another decoder: give its own flags, {fitting}")
+    return from_segmenter(segmenter, **options), its["encoder"]
 
 
 if __name__ == "__main__":

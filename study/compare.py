@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from study.runs import Run
 from utils.files import InputError
-
-if TYPE_CHECKING:
-    import numpy as np
 
 RESAMPLES = 2000
 
@@ -18,11 +17,10 @@ RESAMPLES = 2000
 def compare(ours: Sequence[Run], theirs: Sequence[Run], resamples: int = RESAMPLES) -> dict[str, Any]:
     """Is the mean IoU of `ours`, a model over seeds, better than of `theirs`? By a paired bootstrap over test images.
 
-    A resample draws the test images anew, with replacement and the same for all runs; its difference is that of the
-    mean over the runs on either side. The interval speaks of other test images, the standard deviations of other seeds.
+    Each resample draws test images with replacement, the same for all runs, and compares the means over the runs on
+    each side. The interval covers test-image sampling; the standard deviation covers seeds. InputError when the runs
+    were scored on other images or classes, or a side mixes models.
     """
-    import numpy as np
-
     if marked := [run for run in (*ours, *theirs) if run.mark]:
         raise InputError(f"a paired comparison needs the same images for all: {marked[0].name} was {marked[0].mark}")
     for run in (*ours, *theirs):
@@ -57,9 +55,7 @@ def compare(ours: Sequence[Run], theirs: Sequence[Run], resamples: int = RESAMPL
 
 
 def resampled_iou(counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Mean IoU (R,) of counts (N, C, C) summed with weights (R, N); classes that nothing holds are left out."""
-    import numpy as np
-
+    """Mean IoU (R,) of counts (N, C, C) summed with weights (R, N); classes without pixels are left out."""
     total = np.einsum("rn,nij->rij", weights, counts, optimize=True)
     hit = np.einsum("rii->ri", total)
     union = total.sum(axis=1) + total.sum(axis=2) - hit
@@ -67,17 +63,17 @@ def resampled_iou(counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def format_comparison(verdict: dict[str, Any]) -> str:
-    """A comparison in words and numbers, as Markdown."""
+    """A comparison as Markdown."""
     lines = []
     for side in ("ours", "theirs"):
         entry = verdict[side]
         std = "" if entry["std"] is None else f" ± {100 * entry['std']:.1f} (standard deviation over runs)"
         lines.append(f"- {', '.join(entry['runs'])}: mIoU {100 * entry['mean']:.1f}{std}\n")
     low, high = verdict["interval_95"]
-    answer = "better" if low > 0 else "worse" if high < 0 else "not told apart"
+    answer = "better" if low > 0 else "worse" if high < 0 else "no significant difference"
     return (
         "".join(lines) + f"\nDifference {100 * verdict['difference']:+.1f} points, 95 % interval {100 * low:+.1f} to "
         f"{100 * high:+.1f} (paired bootstrap over {verdict['images']} test images, {verdict['resamples']} resamples), "
-        f"above zero in {100 * verdict['share_better']:.1f} % of them: {answer}. The interval speaks of other test "
-        "images, the standard deviations of other seeds.\n"
+        f"above zero in {100 * verdict['share_better']:.1f} % of them: {answer}. The interval covers test-image "
+        "sampling; the standard deviation covers seeds.\n"
     )

@@ -1,37 +1,40 @@
 """python study/report.py RUN [RUN ...] --out results/report
 
-Tables and figures of tested runs, side by side (report, tables 1 and 2). With --against, whether the first runs, seeds
-of one model, are better than others: python study/report.py A/seed0 A/seed1 --against B/seed0 B/seed1
+Tables and figures of tested runs side by side (report, tables 1 and 2). With --against, test whether the first runs,
+seeds of one model, are better than others: python study/report.py A/seed0 A/seed1 --against B/seed0 B/seed1
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from study.compare import compare, format_comparison
+from study.experiments import LISTS
 from study.runs import Run, mark_differences, read_runs
 from utils.config import run_script
-from utils.files import InputError, write_bytes, write_json
+from utils.files import InputError, format_csv, write_bytes, write_json
 
-# The report's tables 1 and 2: IoU, Dice and accuracy in percent, by a protocol with flaws (see the README).
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# The report's tables 1 and 2: IoU, Dice and accuracy in percent, by a flawed protocol (see the README).
 REPORTED = {
     "unet": (36, 45, 82), "autoencoder": (23, 30, 77), "clip_seg": (55, 61, 94), "point_clip": (37, 53, 56),
 }  # fmt: skip
-KINDS = ("iou", "dice", "accuracy")
+SCORES = ("iou", "dice", "accuracy")
+BASELINES = {one.name: one.baseline for experiments in LISTS.values() for one in experiments if one.baseline}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run that test.py has scored")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run scored by test.py")
     parser.add_argument(
         "--against", nargs="+", type=Path, metavar="RUN", help="is the mean IoU of RUN better than of these?"
     )
@@ -41,9 +44,15 @@ def main() -> None:
     parser.add_argument(
         "--data", type=Path, help="prepared folder with the photographs (default: where it was in testing)"
     )
-    parser.add_argument("--mixed", action="store_true", help="put scores made on different data or at different sizes "
-                        "into one table all the same, and mark them")  # fmt: skip
+    parser.add_argument(
+        "--examples", nargs="+", metavar="NAME", help="test images to show (default: best, median and worst)"
+    )
+    parser.add_argument(
+        "--mixed", action="store_true", help="accept scores made on different data or at different sizes, and mark them"
+    )
     args = parser.parse_args()
+
+    from utils.figures import save_figure
 
     runs = read_runs([*args.runs, *(args.against or [])])
     mark_differences(runs, allowed=args.mixed)
@@ -53,18 +62,23 @@ def main() -> None:
         write_bytes(args.out / "comparison.md", format_comparison(verdict).encode())
         print(f"{format_comparison(verdict)}\n{args.out / 'comparison.md'}\n{args.out / 'comparison.json'}")
         return
-    rows = pick_rows(runs, args.data)
-    figures = draw(args.out, runs, rows)
-    write_bytes(args.out / "table.csv", format_csv(runs).encode())
-    write_bytes(args.out / "report.md", format_report(runs, figures).encode())
+    examples = pick_records(runs, args.data, args.examples)
+    figures = make_figures(runs, examples)
+    for name, (figure, _) in figures.items():
+        save_figure(figure, args.out / f"{name}.png", pdf=True)
+    rows = [describe(run) for run in runs]
+    write_bytes(args.out / "runs.csv", format_runs(rows))
+    captions = {name: caption for name, (_, caption) in figures.items()}
+    write_bytes(args.out / "report.md", format_report(runs, captions).encode())
     print(format_scores(runs))
-    print("\n".join(str(args.out / name) for name in ("report.md", "table.csv", *(f"{f}.png" for f in figures))))
+    print("\n".join(str(args.out / name) for name in ("report.md", "runs.csv", *(f"{f}.png" for f in figures))))
 
 
-def pick_rows(runs: Sequence[Run], data: Path | None) -> list[tuple[str, Any]]:
-    """(caption, record) of the photographs to show: best, median and worst by the mean over the runs of their mean IoU.
+def pick_records(runs: Sequence[Run], data: Path | None, names: Sequence[str] | None) -> list[tuple[str, Any]]:
+    """(caption, record) of the photographs to show: `names`, or best, median and worst by the mean over the runs of
+    their mean IoU; the prompted runs count only if there are no others.
 
-    The segmenters decide, where there are any. InputError when the photographs are not where they were in testing.
+    InputError when the photographs are not where they were in testing, or a name was not tested.
     """
     from dataset.pet import find_records
     from utils.evaluation import pick_examples
@@ -77,70 +91,55 @@ def pick_rows(runs: Sequence[Run], data: Path | None) -> list[tuple[str, Any]]:
         records = {record.name: record for record in find_records(folder, judges[0].metrics["config"]["split"])}
     except InputError as error:
         raise InputError(f"no photographs for the figure: {error}\nName their folder with --data.") from error
-    names = judges[0].images
-    if missing := [name for name in names if name not in records]:
+    tested = judges[0].images
+    if missing := [name for name in (*tested, *(names or ())) if name not in records]:
         raise InputError(
-            f"{folder} lacks {len(missing)} of the images, {missing[0]} among them. Name the right --data."
+            f"{folder} lacks {len(missing)} of the images, for example {missing[0]}. Name the right --data."
         )
-    return [(f"{rank}: {names[i]}\nmean IoU {mean[i]:.2f}", records[names[i]]) for rank, i in pick_examples(mean)]
+    if names:
+        return [(name, records[name]) for name in names]
+    return [(f"{place}: {tested[i]}\nmean IoU {mean[i]:.2f}", records[tested[i]]) for place, i in pick_examples(mean)]
 
 
-def draw(out: Path, runs: Sequence[Run], rows: Sequence[tuple[str, Any]]) -> dict[str, str]:
-    """Write the figures as PNG and PDF; returns their captions by name."""
-    import numpy as np
-
-    from utils import plot
-    from utils.dataset import decode_label, overlay, to_rgb
+def make_figures(runs: Sequence[Run], examples: Sequence[tuple[str, Any]]) -> dict[str, tuple[Figure, str]]:
+    """The figures with their captions, by name."""
+    from study.figures import plot_classes, plot_curves, plot_examples, plot_robustness
     from utils.evaluation import SYNTHETIC_NOTE
-    from utils.files import load_picture
 
     notes = [SYNTHETIC_NOTE] if any(run.metrics["synthetic"] for run in runs) else []
     notes += [f"* {run.name}: {run.mark}" for run in runs if run.mark]
     note = "; ".join(notes)
     legend = {run.name: run.title + " (a click)" * run.prompted for run in runs}
-    order = list(legend.values())  # a run has the same look in every figure
+    order = list(legend.values())
     figures = {}
-    for prompted, name in ((False, "classes"), (True, "classes-prompted")):
+    for prompted, name, of in (
+        (False, "classes", ""),
+        (True, "classes-prompted", " of the models prompted by a click"),
+    ):
         group = {legend[run.name]: run.metrics["iou"] for run in runs if run.prompted == prompted}
         if group:
-            figures[name] = "IoU per class" + (" of the models that are prompted by a click" if prompted else "")
-            plot.plot_classes(out / f"{name}.png", group, order, note)
-    figures["curves"] = "Learning curves: loss and mean IoU on the validation images"
-    plot.plot_all_curves(out / "curves.png", {legend[run.name]: run.log for run in runs}, order, note)
-    swept = {legend[run.name]: run.robustness["perturbations"] for run in runs if run.robustness}
-    if swept:
-        figures["robustness"] = "Mean Dice under the perturbations"
-        plot.plot_all_robustness(out / "robustness.png", swept, order, note)
-
-    shown = [run for run in runs if not run.mark]
-    pictures = []
-    for caption, record in rows:
-        photo = np.asarray(to_rgb(load_picture(record.image)))
-        cells = [photo, overlay(photo, record.load_label())]
-        for run in shown:
-            mask = run.folder / "test" / "masks" / f"{record.name}.png"
-            # A prompted model may have had no click on the pet; what was scored at another size is enlarged.
-            classes = decode_label(load_picture(mask).resize(photo.shape[1::-1], 0)) if mask.exists() else None
-            if run.prompted and classes is not None:
-                classes = np.where(classes == 1, record.species, 0)  # 1 is what was clicked, the pet
-            cells.append(np.full_like(photo, 255) if classes is None else overlay(photo, classes))
-        pictures.append((caption, cells))
-    headings = ["photograph", "truth", *(run.name + "\n(a click)" * run.prompted for run in shown)]
-    figures["predictions"] = "Best, median and worst test images, by the mean over the models of their mean IoU"
-    plot.plot_comparison(out / "predictions.png", pictures, headings, note)
+            figures[name] = plot_classes(group, order, note), f"IoU per class{of}"
+    logs = {legend[run.name]: run.log for run in runs}
+    figures["curves"] = plot_curves(logs, order, note), "Loss and mean IoU on the validation images"
+    studies = {legend[run.name]: run.robustness["perturbations"] for run in runs if run.robustness}
+    if studies:
+        figures["robustness"] = plot_robustness(studies, order, note), "Mean Dice under the perturbations"
+    shown = plot_examples(examples, [run for run in runs if not run.mark], note)
+    figures["predictions"] = shown, "Test images with the masks of every run"
     return figures
 
 
 def describe(run: Run) -> dict[str, Any]:
-    """A run's row: its scores in percent, and what they were made with."""
+    """A run's row of runs.csv: its scores in percent, and what they were made with."""
     metrics, environment = run.metrics, run.metrics["environment"]
-    # The report had neither skips nor disks.
+    # The report's models had neither skips nor the disk encoding.
     other = run.config.get("skips") or run.config.get("point_encoding") == "disk"
     reported = ("", "", "") if other else REPORTED.get(metrics["model"], ("", "", ""))
     row: dict[str, Any] = {"run": run.title, "model": metrics["model"]}
-    row |= {kind: 100 * metrics[kind]["mean"] for kind in KINDS}
-    row |= {f"report_{kind}": value for kind, value in zip(KINDS, reported)}
+    row |= {kind: 100 * metrics[kind]["mean"] for kind in SCORES}
+    row |= {f"report_{kind}": value for kind, value in zip(SCORES, reported)}
     row |= {f"iou_{label}": value and 100 * value for label, value in metrics["iou"].items() if label != "mean"}
+    row |= run.reconstruction["mean"]["autoencoder"] if run.reconstruction else {}  # psnr and ssim
     return row | {
         "pixel_accuracy": 100 * metrics["pixel_accuracy"],
         "baseline": metrics["baseline"]["name"],
@@ -162,14 +161,10 @@ def describe(run: Run) -> dict[str, Any]:
     }
 
 
-def format_csv(runs: Sequence[Run]) -> str:
-    """A row per run, every column of any of them."""
-    rows = [describe(run) for run in runs]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows([{key: _cell(value, ".2f") for key, value in row.items()} for row in rows])
-    return text.getvalue()
+def format_runs(rows: Sequence[dict[str, Any]]) -> bytes:
+    """runs.csv: a row per run, with the columns of all of them."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    return format_csv(columns, ([_cell(row.get(key), ".4f") for key in columns] for row in rows))
 
 
 def format_scores(runs: Sequence[Run]) -> str:
@@ -179,53 +174,95 @@ def format_scores(runs: Sequence[Run]) -> str:
         rows = [describe(run) for run in runs if run.prompted == prompted]
         if rows:
             labels = [key for key in rows[0] if key.startswith("iou_")]
+            heads = {
+                "run": "run", "iou": "mIoU", "dice": "Dice", "accuracy": "accuracy",
+                **{label: f"IoU {label.removeprefix('iou_')}" for label in labels},
+                "pixel_accuracy": "pixel accuracy", "baseline_iou": f"baseline mIoU ({rows[0]['baseline']})",
+                "report_iou": "report: IoU", "report_dice": "Dice", "report_accuracy": "accuracy",
+            }  # fmt: skip
             parts.append(
                 f"Table {number}. {'Prompted by a click' if prompted else 'Segmentation'}, in percent. "
-                "The report's numbers are of another protocol and compare only roughly.\n\n"
-                + _table(rows, {
-                    "run": "run", "iou": "mIoU", "dice": "Dice", "accuracy": "accuracy",
-                    **{label: f"IoU {label.removeprefix('iou_')}" for label in labels},
-                    "pixel_accuracy": "pixel accuracy", "baseline_iou": f"baseline mIoU ({rows[0]['baseline']})",
-                    "report_iou": "report: IoU", "report_dice": "Dice", "report_accuracy": "accuracy",
-                })
-            )  # fmt: skip
+                f"The report's numbers come from another protocol and compare only roughly.\n\n{_table(rows, heads)}"
+            )
     return "\n".join(parts)
+
+
+def format_seeds(rows: Sequence[dict[str, Any]]) -> str:
+    """A Markdown row per experiment, of rows of runs.csv: mean ± standard deviation over its seeds.
+
+    The gain is the difference in mIoU to the experiment's baseline with the same seed (study/experiments.py). Empty
+    when no experiment has several seeds.
+    """
+    groups: dict[str, dict[str, dict[str, float]]] = {}
+    for row in rows:
+        numbers = {key: float(row[key]) for key in row if key in ("iou", "psnr", "ssim") or key.startswith("iou_")
+                   if row[key] not in (None, "")}  # fmt: skip
+        groups.setdefault(row["run"].split("/")[-1], {})[row["seed"]] = numbers
+    if all(len(seeds) == 1 for seeds in groups.values()):
+        return ""
+    labels = [key for key in rows[0] if key.startswith("iou_")]
+    heads = ["experiment", "mIoU", "gain", "over", *(f"IoU {label.removeprefix('iou_')}" for label in labels)]
+    forms = {"iou": ".1f", **dict.fromkeys(labels, ".1f"), "psnr": ".1f", "ssim": ".3f"}
+    lines = [f"| {' | '.join([*heads, 'PSNR, dB', 'SSIM'])} |", f"|{'---|' * (len(heads) + 2)}"]
+    for name, seeds in groups.items():
+        cells = {key: _spread([one[key] for one in seeds.values() if key in one], form) for key, form in forms.items()}
+        base = groups.get(BASELINES.get(name, ""), {})
+        gain = _spread([one["iou"] - base[seed]["iou"] for seed, one in seeds.items() if seed in base], "+.1f")
+        over = BASELINES[name] if gain else ""
+        lines.append(f"| {' | '.join([name, cells.pop('iou'), gain, over, *cells.values()])} |")
+    return "\n".join(lines) + "\n"
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    if len(values) < 2:
+        return f"{values[0]:{form}}" if values else ""
+    return f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{form.lstrip('+')}}"
 
 
 def format_report(runs: Sequence[Run], figures: dict[str, str]) -> str:
     """report.md: the tables, and the figures with their captions."""
     rows = [describe(run) for run in runs]
+    parts = ["# Comparison", format_scores(runs)]
+    if seeds := format_seeds(rows):
+        parts.append("Mean ± standard deviation over the seeds; IoU in percent:\n\n" + seeds)
     for row in rows:
         row["parameters"] = f"{row['parameters'] / 1e6:.2f} M ({row['trained_parameters'] / 1e6:.2f} M)"
         row["epochs"] = f"{row['epoch']} of {row['epochs']}"
         row["data"] = f"{row['data']}, {row['split']}: {row['images']}"
-    made = _table(rows, {
+    heads = {
         "run": "run", "model": "model", "parameters": "parameters (trained)", "images_per_second": "images/s tested",
         "epochs": "epoch", "seed": "seed", "image_size": "image size", "score_size": "scored at",
         "data": "data: images", "commit": "commit", "hardware": "hardware",
-    })  # fmt: skip
-    parts = ["# Comparison", format_scores(runs), "How they were made:\n\n" + made]
-    swept = [run for run in runs if run.robustness]
-    if swept:
-        left = {
-            run.title: {name: 100 * entry["retained_last"] for name, entry in run.robustness["perturbations"].items()}
-            for run in swept
-        }
-        names = list(dict.fromkeys(name for values in left.values() for name in values))
-        shared = [name for name in names if all(name in values for values in left.values())]
-        table = [
-            {"run": title, **values, "all": statistics.fmean(values[name] for name in shared) if shared else None}
-            for title, values in left.items()
-        ]
-        heads = {"run": "run", **{name: name.replace("_", " ") for name in names}}
-        heads["all"] = "mean" if shared == names else f"mean of {', '.join(shared)}".replace("_", " ")
-        parts.append("Mean Dice at the last level, in percent of the clean one:\n\n" + _table(table, heads))
-    notes = [f"\\* {run.name}: {run.mark}." for run in runs if run.mark]
+    }  # fmt: skip
+    parts.append("Settings:\n\n" + _table(rows, heads))
+    perturbed = [run for run in runs if run.robustness]
+    if perturbed:
+        parts.append("Mean Dice at the last level, in percent of the clean one:\n\n" + format_retained(perturbed))
+    parts += [f"\\* {run.name}: {run.mark}." for run in runs if run.mark]
     if any(run.metrics["synthetic"] for run in runs):
-        notes.append("Synthetic drawings: the scores compare with nothing.")
-    parts += notes
+        parts.append("Synthetic drawings: the scores are not comparable to any benchmark.")
     parts += [f"![{caption}]({name}.png)\n\n{caption} ([PDF]({name}.pdf))." for name, caption in figures.items()]
     return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def format_retained(runs: Sequence[Run]) -> str:
+    """A Markdown row per run: its mean Dice at the last level of each perturbation, in percent of the clean one.
+
+    The mean is over the perturbations that all runs have.
+    """
+    retained = {
+        run.title: {name: 100 * entry["retained_last"] for name, entry in run.robustness["perturbations"].items()}
+        for run in runs
+    }
+    names = list(dict.fromkeys(name for values in retained.values() for name in values))
+    shared = [name for name in names if all(name in values for values in retained.values())]
+    rows = [
+        {"run": title, **values, "all": statistics.fmean(values[name] for name in shared) if shared else None}
+        for title, values in retained.items()
+    ]
+    heads = {"run": "run", **{name: name.replace("_", " ") for name in names}}
+    heads["all"] = "mean" if shared == names else f"mean of {', '.join(shared)}".replace("_", " ")
+    return _table(rows, heads)
 
 
 def _table(rows: Sequence[dict[str, Any]], heads: dict[str, str]) -> str:

@@ -1,231 +1,202 @@
-"""python study/run.py --data Dataset --out runs/study
+"""python study/run.py --data Dataset --out runs/study -- --epochs 30
 
-The whole study: prepare and explore the data, train every model, test it clean and perturbed, write the report. A study
-that was stopped goes on when it is started again with the same flags.
+Prepare and explore the data, train and test every experiment of a list, write the report. Flags after `--` go to every
+train.py that has them. Started again with the same flags, it continues where it was stopped.
 """
 
 from __future__ import annotations
 
-import fcntl
-import os
+import importlib
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils.config import WORKERS, flag, parse, run_script, to_json
+from study.experiments import LISTS, Experiment
+from utils.config import RESUMABLE, Terminated, as_plain_dict, flag, flag_name, parse, run_script
 from utils.files import InputError, read_json, write_json
 
-# name -> model and its own flags
-KINDS: dict[str, tuple[str, list[str]]] = {
-    "unet": ("unet", []),
-    "autoencoder": ("autoencoder", []),
-    "autoencoder-skips": ("autoencoder", ["--skips"]),
-    "clip": ("clip_seg", []),
-    "clip-skips": ("clip_seg", ["--skips"]),
-    "point-heatmap": ("point_clip", ["--point-encoding", "heatmap"]),
-    "point-disk": ("point_clip", ["--point-encoding", "disk", "--skips"]),
-}
-# name -> the flag, and what it takes from a run above it, if that is made
-STARTS_FROM: dict[str, dict[str, tuple[str, str]]] = {
-    "autoencoder-skips": {"--encoder": ("autoencoder", "reconstruction/best.pt")},
-    "point-heatmap": {"--clip-seg": ("clip", "best.pt")},
-    "point-disk": {"--clip-seg": ("clip-skips", "best.pt")},
-}
-
-
-LOCK_SECONDS = 10  # a process that was killed takes a moment to let its files go
+SHARED_WITH_TEST = ("--workers", "--device")  # flags for the trainings that test.py gets, too
 
 
 @dataclass
 class Config:
-    """Flags of the study; what train.py has, too, means the same there."""
+    """The flags of the study itself."""
 
     data: Path = flag(Path("Dataset"), "folder of the data; prepared first")
-    synthetic: int | None = flag(None, "draw so many pets into --data first", low=8)
+    synthetic: int | None = flag(None, "draw this many pets into --data first", low=8)
     out: Path = flag(Path("runs/study"), "folder of the runs")
     results: Path | None = flag(None, "folder of the report (default: report/ in --out)")
-    models: list[str] | None = flag(None, f"only these of {', '.join(KINDS)}")
-    seeds: int = flag(1, "runs of each model, with the seeds 0, 1, ...", low=1)
-    epochs: int = flag(50, "most epochs of every training", low=1)
-    pretrain_epochs: int = flag(50, "most epochs of the autoencoder's reconstruction", low=1)
-    patience: int = flag(3, "stop after so many epochs without a better validation loss (0: never)", low=0)
-    lr: float | None = flag(None, "learning rate of every training (default: each model's own)", low=0)
-    image_size: int = flag(256, "edge in pixels of the square that images are resized to", low=32)
-    base_channels: int = flag(64, "width of every model (a heatmap's decoder takes CLIP's)", low=2)
-    batch_size: int = flag(64, "images per step", low=1)
-    clip_model: str = flag("openai/clip-vit-base-patch32", "a CLIP of the hub with a vision transformer, or a folder")
-    clip_random_init: bool = flag(False, "start from random weights instead of CLIP's")
-    perturb: bool = flag(True, "also test under the eight perturbations")
-    workers: int = flag(WORKERS, "processes that load and augment (0: none)", low=0)
-    device: Literal["auto", "cpu", "cuda", "mps"] = flag("auto", "where to train")
+    experiments: Literal["models", "pretraining"] = flag("models", "the list of study/experiments.py to run")
+    only: list[str] | None = flag(None, "only these experiments of the list")
+    seeds: int = flag(1, "runs of each experiment, with the seeds 0, 1, ...", low=1)
+    perturb: bool = flag(True, "also test under all perturbations")
+
+
+class Planned(NamedTuple):
+    """One run of the study: its experiment, its folder, and its train.py's flags and parsed Config."""
+
+    experiment: Experiment
+    folder: Path
+    flags: list[str]
+    config: Any
+
+    @property
+    def checkpoint(self) -> Path:
+        from models import MODELS
+
+        return self.folder / MODELS[self.experiment.model].checkpoint
+
+    def is_tested(self, perturb: bool) -> bool:
+        """Whether test.py has written its last file."""
+        return (self.checkpoint.parent / "test" / ("robustness.json" if perturb else "metrics.json")).exists()
 
 
 def main() -> None:
-    config = parse(Config, __doc__)
-    if unknown := set(config.models or []) - set(KINDS):
-        raise InputError(f"--models {' '.join(sorted(unknown))}: there are {', '.join(KINDS)}")
-    lock = open_study(config)
-    draw = ["--synthetic", str(config.synthetic)] if config.synthetic else []
-    execute(["dataset/dataset_prep.py", str(config.data), *draw])
-    planned = plan(config)
-    announce(config, planned)
-    check_clip(config, planned)
-    write_json(config.out / "config.json", to_json(config))  # now, when all that can be checked was
+    arguments = sys.argv[1:]
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    config, passed = parse(Config, __doc__, arguments[:split]), group_flags(arguments[split + 1 :])
+    runs = plan(config, passed)
+    refuse_other_settings(config, passed)
+    synthetic = ["--synthetic", str(config.synthetic)] if config.synthetic else []
+    execute(["dataset/dataset_prep.py", str(config.data), *synthetic])
+    announce(config, runs)
+    check_clip([run for run in runs if not run.is_tested(config.perturb)])
+    write_json(config.out / "config.json", settings(config, passed))  # only now: a study that cannot start leaves none
     execute(["dataset/exploration.py", str(config.data), "--out", str(config.out / "exploration")])
-    for number, (folder, model, options) in enumerate(planned, start=1):
-        print(f"--- {number} of {len(planned)}: {folder.relative_to(config.out)}", flush=True)
-        train_and_test(model, folder, options, test_options(config))
+    shared = [part for name in SHARED_WITH_TEST for part in passed.get(name, [])]
+    test_flags = ["--data", str(config.data), *shared, *["--perturb"] * config.perturb]
+    for number, run in enumerate(runs, start=1):
+        print(f"--- {number} of {len(runs)}: {run.folder.relative_to(config.out)}", flush=True)
+        if not run.is_tested(config.perturb):
+            resume = ["--resume"] if (run.folder / "config.json").exists() else []
+            execute([f"{run.experiment.model}/train.py", *run.flags, *resume])
+            execute([f"{run.experiment.model}/test.py", "--checkpoint", str(run.checkpoint), *test_flags])
     results = config.results or config.out / "report"
-    folders = [str(folder) for folder, _, _ in planned]
+    folders = [str(run.folder) for run in runs]
     execute(["study/report.py", *folders, "--out", str(results), "--data", str(config.data)])
-    lock.close()
 
 
-def open_study(config: Any) -> IO[str]:
-    """Lock the folder of a study, `config.out`, for as long as the file that is returned, or any process that was
-    started meanwhile, is open. InputError when another process works there, or it holds a study with other settings.
-
-    How fast it runs, what of it is made, and where data and report are may change.
-    """
-    config.out.mkdir(parents=True, exist_ok=True)
-    lock = (config.out / ".lock").open("w")
-    patience = time.monotonic() + LOCK_SECONDS
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() >= patience:
-                raise InputError(
-                    f"{config.out}: this study is being made by another process, perhaps one that outlived a killed "
-                    "study; wait for it, or end it"
-                ) from None
-            time.sleep(0.1)
-    os.set_inheritable(lock.fileno(), True)  # a script that outlives a killed study still holds it
-    kept, settings = config.out / "config.json", to_json(config)
-    if kept.exists():
-        free = {"workers", "device", "results", "data", "models", "perturb"}
-        before = read_json(kept)
-        changed = [name for name in settings if name not in free and before.get(name) != settings[name]]
-        if changed:
-            lines = [f"  --{name.replace('_', '-')} was {before.get(name)}, is {settings[name]}" for name in changed]
-            raise InputError(
-                f"{config.out} holds a study with other settings, see {kept}:\n" + "\n".join(lines)
-                + "\nTake them back, or choose another --out."
-            )  # fmt: skip
-    return lock
+def group_flags(arguments: Sequence[str]) -> dict[str, list[str]]:
+    """Flags with their values, by the flag's name: {"--epochs": ["--epochs", "30"]}."""
+    groups: dict[str, list[str]] = {}
+    name = None
+    for argument in arguments:
+        if argument.startswith("--"):
+            name = argument.partition("=")[0].replace("--no-", "--")
+            groups[name] = []
+        elif name is None:
+            raise InputError(f"after -- a flag of a train.py is expected, got {argument!r}")
+        groups[name].append(argument)
+    return groups
 
 
-def plan(config: Config) -> list[tuple[Path, str, list[str]]]:
-    """(folder, model, flags of its train.py) of every run, in order."""
-    shared = {
-        "--data": config.data, "--epochs": config.epochs, "--patience": config.patience,
-        "--image-size": config.image_size, "--batch-size": config.batch_size, "--workers": config.workers,
-        "--device": config.device,
-    }  # fmt: skip
-    if config.lr is not None:
-        shared["--lr"] = config.lr
+def plan(config: Config, passed: dict[str, list[str]]) -> list[Planned]:
+    """Every run, in order. Bad values end the script as they do in train.py; InputError for an unknown name or flag."""
+    experiments = LISTS[config.experiments]
+    names = [experiment.name for experiment in experiments]
+    if unknown := set(config.only or []) - set(names):
+        raise InputError(f"--only {' '.join(sorted(unknown))}: there are {', '.join(names)}")
+    chosen = [experiment for experiment in experiments if not config.only or experiment.name in config.only]
+    scripts = {model: importlib.import_module(f"{model}.train") for model in {one.model for one in chosen}}
+    known = {model: {flag_name(field.name) for field in fields(module.Config)} for model, module in scripts.items()}
+    if unknown := set(passed) - set().union(*known.values()):
+        raise InputError(f"{' '.join(sorted(unknown))}: no train.py of this study has such a flag")
     runs = []
     for seed in range(config.seeds):
-        for name, (model, own) in KINDS.items():
-            if config.models and name not in config.models:
-                continue
-            folder = config.out / f"seed{seed}" / name
-            options = shared | {"--seed": seed}
-            if name != "point-heatmap":
-                options["--base-channels"] = config.base_channels
-            if model == "autoencoder":
-                options["--pretrain-epochs"] = config.pretrain_epochs
-            for option, (other, file) in STARTS_FROM.get(name, {}).items():
-                if not config.models or other in config.models:
-                    options[option] = folder.with_name(other) / file
-            flags = [str(part) for pair in options.items() for part in pair] + own
-            if model in ("clip_seg", "point_clip"):
-                flags += ["--clip-model", config.clip_model, *(["--clip-random-init"] * config.clip_random_init)]
-            runs.append((folder, model, flags))
+        for experiment in chosen:
+            folder = config.out / f"seed{seed}" / experiment.name
+            flags = ["--data", str(config.data), "--out", str(folder), "--seed", str(seed), *experiment.flags]
+            takes = known[experiment.model] - set(experiment.refuses)
+            flags += [part for name, group in passed.items() if name in takes for part in group]
+            if experiment.starts_from:
+                option, other, file = experiment.starts_from
+                if other in {one.name for one in chosen}:
+                    flags += [option, str(folder.with_name(other) / file)]
+            script = scripts[experiment.model]
+            runs.append(Planned(experiment, folder, flags, parse(script.Config, script.__doc__, flags)))
     return runs
 
 
-def test_options(config: Config) -> list[str]:
-    place = ["--data", str(config.data), "--workers", str(config.workers), "--device", config.device]
-    return place + ["--perturb"] * config.perturb
+def settings(config: Config, passed: dict[str, list[str]]) -> dict[str, Any]:
+    """The content of config.json."""
+    return {**as_plain_dict(config), "flags": passed}
 
 
-def announce(config: Config, planned: Sequence[tuple[Path, str, list[str]]]) -> None:
-    """Print what is done and what lies ahead."""
-    from dataset.perturbation import PERTURBATIONS
-    from utils.robustness import passes
+def refuse_other_settings(config: Config, passed: dict[str, list[str]]) -> None:
+    """InputError when the folder holds a study of another list or with other flags for the trainings.
+
+    Which experiments are run, where data and report are, and how fast it runs may change.
+    """
+    path = config.out / "config.json"
+    if not path.exists():
+        return
+
+    def fixed(values: dict[str, Any]) -> dict[str, Any]:
+        free = {flag_name(name) for name in RESUMABLE - {"epochs", "patience"}}
+        flags = {name: group for name, group in values.get("flags", {}).items() if name not in free}
+        return {"--experiments": values.get("experiments"), "--seeds": values.get("seeds"), **flags}
+
+    before, now = fixed(read_json(path)), fixed(settings(config, passed))
+    changed = [f"  {name} was {before.get(name)}, is {now.get(name)}" for name in {**before, **now}
+               if before.get(name) != now.get(name)]  # fmt: skip
+    if changed:
+        raise InputError(
+            f"{config.out} holds a study with other settings, see {path}:\n" + "\n".join(changed)
+            + "\nUse the same settings, or choose another --out."
+        )  # fmt: skip
+
+
+def announce(config: Config, runs: Sequence[Planned]) -> None:
+    """Print what is finished and what remains."""
+    from dataset.perturbation import choose_perturbations
+    from utils.robustness import list_variants
 
     counts = read_json(config.data / "prep_report.json")["counts"]
     images = {split: sum(counts[split].values()) for split in counts}
-    answers = 1 + (passes(list(PERTURBATIONS.values())) if config.perturb else 0)
-    lines, ahead = [], 0
-    for folder, model, _ in planned:
-        trained = (last_stage(folder, model) / "best.pt").exists()
-        done = is_tested(folder, model, config.perturb)
-        ahead += not done
-        state = "done" if done else "begun" if trained or (folder / "config.json").exists() else "ahead"
-        lines.append(f"  {folder.relative_to(config.out)}: {state}")
+    passes = len(list_variants(choose_perturbations([] if config.perturb else None)))
+    lines, remaining = [], 0
+    for run in runs:
+        finished = run.is_tested(config.perturb)
+        remaining += not finished
+        state = "finished" if finished else "begun" if (run.folder / "config.json").exists() else "to do"
+        lines.append(f"  {run.folder.relative_to(config.out)}: {state}, at most {run.config.epochs} epochs")
     print(
-        f"study of {len(planned)} runs, {ahead} not finished: each at most {config.epochs} epochs on "
-        f"{images['TrainVal']} images (balanced, a tenth kept to validate; an autoencoder first up to "
-        f"{config.pretrain_epochs} more), then {images['Test']} test images, each answered {answers} times; a report "
-        "at the end\n" + "\n".join(lines),
+        f"study of {len(runs)} runs, {remaining} not finished: {images['TrainVal']} images to train and validate, "
+        f"{images['Test']} test images with {passes} forward passes each, then a report\n" + "\n".join(lines),
         flush=True,
     )  # fmt: skip
 
 
-def check_clip(config: Config, planned: Sequence[tuple[Path, str, list[str]]]) -> None:
-    """InputError now, not after hours, when the CLIP weights that a run needs cannot be had."""
-    needing = [(f, m) for f, m, _ in planned if m in ("clip_seg", "point_clip") and not is_tested(f, m, config.perturb)]
-    if needing:
-        from clip_seg.weights import load_vision, read_config
+def check_clip(runs: Sequence[Planned]) -> None:
+    """InputError before hours of other work when the CLIP weights that a run needs are missing."""
+    needed = {run.config.clip_model for run in runs if not getattr(run.config, "clip_random_init", True)}
+    for clip_model in needed:
+        from clip_seg.weights import load_vision
 
-        if not config.clip_random_init:
-            load_vision(config.clip_model)
-        elif Path(config.clip_model).exists():
-            read_config(config.clip_model)
-
-
-def last_stage(folder: Path, model: str) -> Path:
-    """Where the segmentation of a run is: the autoencoder's has a folder of its own."""
-    return folder / "segmentation" if model == "autoencoder" else folder
-
-
-def is_tested(folder: Path, model: str, perturbed: bool) -> bool:
-    """Whether a run's test.py has written the last of its files."""
-    return (last_stage(folder, model) / "test" / ("robustness.json" if perturbed else "metrics.json")).exists()
-
-
-def train_and_test(model: str, folder: Path, train_flags: Sequence[str], test_flags: Sequence[str]) -> None:
-    """Train and test one run as a user would; what is finished is not done again, what was stopped goes on."""
-    if is_tested(folder, model, "--perturb" in test_flags):
-        return
-    resume = ["--resume"] if (folder / "config.json").exists() else []
-    execute([f"{model}/train.py", "--out", str(folder), *train_flags, *resume])
-    execute([f"{model}/test.py", "--checkpoint", str(last_stage(folder, model) / "best.pt"), *test_flags])
+        load_vision(clip_model)
 
 
 def execute(command: Sequence[str]) -> None:
-    """Run a script of the repository; InputError when it fails, KeyboardInterrupt when it was stopped."""
+    """Run a script of the repository; InputError when it fails, KeyboardInterrupt when it was interrupted."""
     script, *arguments = command
-    process = subprocess.Popen([sys.executable, str(ROOT / script), *arguments], close_fds=False)
+    process = subprocess.Popen([sys.executable, str(ROOT / script), *arguments])
     try:
         code = process.wait()
-    except KeyboardInterrupt:
-        process.wait()  # it was stopped by the same Ctrl-C, and puts its files in order
+    except KeyboardInterrupt as error:
+        if isinstance(error, Terminated):  # Ctrl-C reaches the script by itself
+            process.terminate()
+        process.wait()
         raise
-    if code == 130:
+    if code in (130, 143):
         raise KeyboardInterrupt
     if code:
-        raise InputError(f"{script} failed: mend what it says above, and start the study again")
+        raise InputError(f"{script} failed: fix the error above, and start the study again")
 
 
 if __name__ == "__main__":

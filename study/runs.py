@@ -1,4 +1,4 @@
-"""Folders of tested runs: what they say, and whether their scores compare."""
+"""Folders of tested runs: read them, and mark scores that cannot be compared."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from utils.files import InputError, read_json
+import numpy as np
 
-if TYPE_CHECKING:  # the scripts that read runs answer --help at once
-    import numpy as np
+from utils.dataset import CLICKS, PETS, ClassTable
+from utils.files import InputError, read_csv, read_json
 
 
 @dataclass
 class Run:
-    """What a tested run's folder says."""
+    """The content of a tested run's folder."""
 
     name: str
     folder: Path
@@ -28,11 +28,18 @@ class Run:
     image_iou: list[float]
     counts: np.ndarray  # (images, C, C), row = truth
     robustness: dict[str, Any] | None
-    mark: str = ""  # why its scores are not comparable with the first run's
+    reconstruction: dict[str, Any] | None
+    mark: str = ""  # why its scores cannot be compared with the first run's
 
     @property
     def prompted(self) -> bool:
-        return "object" in self.metrics["iou"]
+        return list(self.metrics["iou"]) == [*CLICKS.names, "mean"]
+
+    @property
+    def class_table(self) -> ClassTable:
+        """The classes of its masks; runs from before config.json held them have today's."""
+        plain = self.config.get("class_table")
+        return ClassTable.from_plain_dict(plain) if plain else CLICKS if self.prompted else PETS
 
     @property
     def title(self) -> str:
@@ -40,35 +47,42 @@ class Run:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Runs by their folders, named by as much of their paths as tells them apart. InputError for an untested one."""
-    stages = [folder / "segmentation" if (folder / "segmentation").is_dir() else folder for folder in folders]
-    named = [stage.parent if stage.name == "segmentation" else stage for stage in map(Path.absolute, stages)]
+    """Runs by their folders, named by the shortest distinct ends of their paths. InputError for an untested one."""
+    named = [folder.absolute() for folder in folders]
+    named = [path.parent if path.name == "segmentation" else path for path in named]
     if len(set(named)) < len(named):
         raise InputError("the same run was given twice")
     depth = 1
     while len({path.parts[-depth:] for path in named}) < len(named):
         depth += 1
-    return [read_run("/".join(path.parts[-depth:]), stage) for path, stage in zip(named, stages)]
+    return [read_run("/".join(path.parts[-depth:]), stage_folder(path)) for path in named]
+
+
+def stage_folder(folder: Path) -> Path:
+    """The folder of a run that holds the segmentation: the autoencoder's is a subfolder."""
+    from models import MODELS
+
+    stages = [(folder / model.checkpoint).parent for model in MODELS.values()]
+    return next((stage for stage in stages if (stage / "log.csv").exists()), folder)
 
 
 def read_run(name: str, folder: Path) -> Run:
-    """One run. InputError when its folder has no scores, or lacks a file of them."""
-    import numpy as np
-
+    """One run. InputError when its folder has no scores, or a file of them is missing."""
     test = folder / "test"
     for path in (folder / "config.json", folder / "log.csv", test / "metrics.json", test / "images.csv"):
         if not path.is_file():
-            what = "is no run" if path.parent == folder else "has no scores"
-            raise InputError(f"{folder} {what}: {path} is missing. Train it, then score it with its model's test.py")
+            problem = "is not a run" if path.parent == folder else "has no scores"
+            raise InputError(f"{folder} {problem}: {path} is missing. Train it, then score it with its model's test.py")
     metrics = read_json(test / "metrics.json")
-    with (test / "images.csv").open(newline="") as file:
+    with (test / "images.csv").open(newline="", encoding="utf-8") as file:
         _, *rows = csv.reader(file)
-    classes = len(metrics["iou"]) - 1  # and the mean
-    with (folder / "log.csv").open(newline="") as file:
-        log = [
-            {key: float(value) if value else float("nan") for key, value in row.items()} for row in csv.DictReader(file)
-        ]
-    robustness = test / "robustness.json"
+    classes = len(metrics["iou"]) - 1  # without the mean
+    log = [
+        {key: float(value) if value else float("nan") for key, value in row.items()}
+        for row in read_csv(folder / "log.csv")
+    ]
+    optional = [test / "robustness.json", test / "reconstruction.json"]
+    robustness, reconstruction = (read_json(path) if path.is_file() else None for path in optional)
     return Run(
         name,
         folder,
@@ -79,14 +93,15 @@ def read_run(name: str, folder: Path) -> Run:
         labels=[row[1] for row in rows],
         image_iou=[float(row[2]) for row in rows],
         counts=np.array([row[3:] for row in rows], np.int64).reshape(len(rows), classes, classes),
-        robustness=read_json(robustness) if robustness.is_file() else None,
-    )  # fmt: skip
+        robustness=robustness,
+        reconstruction=reconstruction,
+    )
 
 
 def mark_differences(runs: Sequence[Run], *, allowed: bool) -> None:
     """Mark the runs whose scores were made on other images or labels, or at another size, than those of the first.
 
-    InputError, unless that is `allowed`, which says what differs.
+    InputError, unless that is `allowed`; it names the differences.
     """
     first = runs[0]
     for run in runs[1:]:
@@ -99,10 +114,10 @@ def mark_differences(runs: Sequence[Run], *, allowed: bool) -> None:
             run.mark = f"scored against other labels than {first.name}"
         elif run.robustness and first.robustness and run.metrics["image_size"] != first.metrics["image_size"]:
             sizes = f"{run.metrics['image_size']} pixels, {first.name} at {first.metrics['image_size']}"
-            run.mark = f"perturbed at {sizes}, where the same square or blur is another one"
+            run.mark = f"perturbed at {sizes}, where an occlusion or blur has another relative size"
     marked = [f"  {run.name}: {run.mark}" for run in runs if run.mark]
     if marked and not allowed:
         raise InputError(
-            "these scores do not compare:\n" + "\n".join(marked)
-            + "\nScore the runs alike with test.py, or add --mixed to put them side by side all the same."
+            "these scores cannot be compared:\n" + "\n".join(marked)
+            + "\nScore the runs in the same way with test.py, or add --mixed to put them side by side anyway."
         )  # fmt: skip

@@ -18,29 +18,27 @@ from utils.config import TestConfig, flag, parse, run_script
 class Config(TestConfig):
     """The shared flags."""
 
-    checkpoint: Path = flag(Path("runs/unet/best.pt"), "file that unet/train.py wrote")
+    checkpoint: Path = flag(Path("runs/unet/best.pt"), "file written by unet/train.py")
 
 
 def main() -> None:
     config = parse(Config, __doc__)
 
-    # Heavy imports come after parsing, so that --help answers at once.
-    from dataset.perturbation import check_flags, make_damage
-    from dataset.pet import is_synthetic, make_test_loader
+    # Heavy imports come after parsing, so that --help answers immediately.
+    from dataset.pet import make_test_set
     from unet.model import UNet
-    from utils.distributed import join
-    from utils.evaluation import score, segment_pictures
-    from utils.helper import load_model
+    from utils.distributed import init_distributed, print_once
+    from utils.evaluation import score
+    from utils.helper import restore_model
+    from utils.predictor import Predictor, predict_photographs
 
-    check_flags(config)
-    device = join(config.device)
-    model, checkpoint = load_model(config.checkpoint, UNet, "unet", device)
+    device = init_distributed(config.device)
+    model, checkpoint = restore_model(config.checkpoint, UNet, "unet", device)
     if config.images:
-        segment_pictures(model, checkpoint, config, device)
+        print_once(predict_photographs(Predictor(model, checkpoint), config.images, config.results))
     else:
-        size = checkpoint["config"]["image_size"]
-        loader, damage = make_test_loader(config, size), make_damage(config, size)
-        score(model, checkpoint, loader, config, device, synthetic=is_synthetic(config.data), damage=damage)
+        test_set = make_test_set(config, checkpoint["config"]["image_size"])
+        print_once(score(model, checkpoint, test_set, config, device))
 
 
 if __name__ == "__main__":

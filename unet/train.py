@@ -25,12 +25,12 @@ class Config(TrainConfig):
 def main() -> None:
     config = parse(Config, __doc__)
 
-    # Heavy imports come after parsing, so that --help answers at once.
-    from dataset.pet import make_train_loaders
+    # Heavy imports come after parsing, so that --help answers immediately.
+    from dataset.pet import make_train_sets
     from unet.model import UNet
-    from utils.dataset import CLASSES
     from utils.loss import SegmentationLoss
-    from utils.train import StepOutput, fit, make_accelerator
+    from utils.run import start_run
+    from utils.train import StepOutput, fit
 
     criterion = SegmentationLoss(config.loss, config.boundary)
 
@@ -38,20 +38,10 @@ def main() -> None:
         logits = model(batch["image"])
         return StepOutput(criterion(logits, batch["mask"]), logits, batch["mask"])
 
-    accelerator = make_accelerator(config)
-    train_loader, val_loader, split = make_train_loaders(config)
-    model_args = {"num_classes": len(CLASSES), "base_channels": config.base_channels}
-    fit(
-        UNet(**model_args),
-        step,
-        train_loader,
-        val_loader,
-        config,
-        accelerator=accelerator,
-        model_name="unet",
-        model_args=model_args,
-        split=split,
-    )
+    run = start_run(config, "unet")
+    train_set, val_set = make_train_sets(config)
+    model_args = {"num_classes": len(train_set.class_table), "base_channels": config.base_channels}
+    fit(UNet(**model_args), step, train_set, val_set, run, model_args)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,15 @@
-"""The class table, label files <-> class masks, and the one way an image or a mask is resized."""
+"""The class table: names, numbers and looks of the classes, label files <-> classes, overlays.
+
+Only `PETS` and `CLICKS` say which number, color or folder a class has. Everything else gets its ClassTable from the
+data set or the checkpoint.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -10,73 +17,175 @@ from PIL import Image
 
 from utils.files import InputError
 
-CLASSES = ("background", "cat", "dog")
-IGNORE = 255  # the boundary band, and corners that a rotation uncovered: counted nowhere
-SPECIES = {"cats": 1, "dogs": 2}  # folder name -> class
+IGNORE = 255  # the boundary band, and corners that a rotation uncovers: pixels without a class, counted nowhere
+_UNKNOWN = 254  # in lookup tables: a value of a label file that belongs to no class
 
-# VOC colors: background black, cat (128, 0, 0), dog (0, 128, 0), boundary white.
-COLORS = {0: (0, 0, 0), 1: (128, 0, 0), 2: (0, 128, 0), IGNORE: (255, 255, 255)}
-_PALETTE = np.zeros((256, 3), np.uint8)
-for _value, _color in COLORS.items():
-    _PALETTE[_value] = _color
-
-# Overlays: told apart by color-blind readers too, which the palette's red and green are not.
-_TINTS = _PALETTE.copy()
-_TINTS[1] = (230, 110, 0)
-_TINTS[2] = (0, 115, 200)
-
-_UNKNOWN = 254  # marks file values that stand for no class
+Color = tuple[int, int, int]
 
 
-def _table(values: dict[int, int]) -> np.ndarray:
-    table = np.full(256, _UNKNOWN, np.uint8)
-    table[list(values)] = list(values.values())
-    return table
+@dataclass(frozen=True)
+class ClassRow:
+    """One class. `color` is its color in label files, `tint` its color in overlays and plots."""
+
+    name: str
+    color: Color
+    tint: Color
+    line: str  # matplotlib line style
+    hatch: str = ""  # of bars, for grey printing
+    marker: str = "o"  # of points
+    folder: str | None = None  # of prepared images whose pet has this class; None: not a species
 
 
-_INDEXED = _table({0: 0, 1: 1, 2: 2, IGNORE: IGNORE})
-# Copies saved as grey hold the palette's luma: 0.299 * 128 = 38, 0.587 * 128 = 75.
-_GREY = _table({0: 0, 1: 1, 2: 2, 38: 1, 75: 2, IGNORE: IGNORE})
+@dataclass(frozen=True)
+class ClassTable:
+    """Classes 0, 1, ... in order, and the look of ignored pixels (value 255). Class 0 is the background.
 
-
-def _from_colors(colors: np.ndarray) -> np.ndarray:
-    """Classes (...) of colors (..., 3)."""
-    classes = np.full(colors.shape[:-1], _UNKNOWN, np.uint8)
-    for value, color in COLORS.items():
-        classes[(colors == color).all(axis=-1)] = value
-    return classes
-
-
-def pet_pixels(classes: Any) -> Any:
-    """Where an array or tensor of classes is pet, of either species."""
-    return (classes != 0) & (classes != IGNORE)
-
-
-def decode_label(label: Image.Image) -> np.ndarray:
-    """Classes (H, W) uint8 in {0, 1, 2, 255} of a label saved as indexed, grey or RGB picture.
-
-    InputError lists the values that stand for no class.
+    InputError when two rows share a name, a color or a tint, or a row has no line style: each of these would make
+    classes indistinguishable in a label file or a figure.
     """
-    if label.mode in ("RGB", "RGBA"):
-        pixels = np.asarray(label.convert("RGB"))
-        classes = _from_colors(pixels)
-    elif label.mode == "L":
-        pixels = np.asarray(label)
-        classes = _GREY[pixels]
-    elif label.mode == "P":
-        # By color where all colors are those of classes: programs that save RGB labels as indexed ones number the
-        # colors anew. By index with any other palette.
-        pixels = np.asarray(label)
-        palette = np.zeros((256, 3), np.uint8)
-        entries = np.array(label.getpalette("RGB"), np.uint8).reshape(-1, 3)
-        palette[: len(entries)] = entries
-        classes = _from_colors(palette)[pixels]
-        if (classes == _UNKNOWN).any():
-            classes = _INDEXED[pixels]
-    else:
-        raise InputError(f"a label must be an indexed, grey or RGB picture, got mode {label.mode}")
-    _check_known(classes, pixels)
-    return classes
+
+    rows: tuple[ClassRow, ...]
+    ignored: ClassRow
+
+    def __post_init__(self) -> None:
+        for field in ("name", "color", "tint"):
+            values = [getattr(row, field) for row in (*self.rows, self.ignored)]
+            if len(set(values)) < len(values) or not all(values):
+                raise InputError(f"every class needs a {field} of its own, got {values}")
+        if not all(row.line for row in self.rows):
+            raise InputError(f"every class needs a line style, got {[row.line for row in self.rows]}")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(row.name for row in self.rows)
+
+    @property
+    def species(self) -> dict[str, int]:
+        """Class of each folder of prepared images."""
+        return {row.folder: value for value, row in enumerate(self.rows) if row.folder}
+
+    def value(self, name: str) -> int:
+        """The number of a class."""
+        return self.names.index(name)
+
+    def row(self, value: int) -> ClassRow:
+        """The row of a pixel value: a class, or the ignored value."""
+        return self.ignored if value == IGNORE else self.rows[value]
+
+    def as_plain_dict(self) -> dict[str, Any]:
+        """Lists, strings and numbers only, for checkpoints and JSON."""
+
+        def plain(row: ClassRow) -> dict[str, Any]:
+            return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(row).items()}
+
+        return {"rows": [plain(row) for row in self.rows], "ignored": plain(self.ignored)}
+
+    @classmethod
+    def from_plain_dict(cls, plain: dict[str, Any]) -> ClassTable:
+        """Undo `as_plain_dict`."""
+
+        def row(values: dict[str, Any]) -> ClassRow:
+            return ClassRow(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+        return cls(tuple(map(row, plain["rows"])), row(plain["ignored"]))
+
+    @cached_property
+    def palette(self) -> np.ndarray:
+        """Colors (256, 3) uint8 of label files."""
+        return self._lookup_colors("color")
+
+    @cached_property
+    def tints(self) -> np.ndarray:
+        """Colors (256, 3) uint8 of overlays."""
+        return self._lookup_colors("tint")
+
+    def _lookup_colors(self, field: str) -> np.ndarray:
+        colors = np.zeros((256, 3), np.uint8)
+        for value in (*range(len(self)), IGNORE):
+            colors[value] = getattr(self.row(value), field)
+        return colors
+
+    def plot_color(self, value: int) -> tuple[float, ...]:
+        """The tint of a class for matplotlib, RGB in [0, 1]."""
+        return tuple((self.tints[value] / 255).tolist())
+
+    def decode_label(self, label: Image.Image) -> np.ndarray:
+        """Classes (H, W) uint8, or 255, of a label saved as an indexed, grey or RGB picture.
+
+        InputError lists the pixel values that belong to no class.
+        """
+        if label.mode in ("RGB", "RGBA"):
+            pixels = np.asarray(label.convert("RGB"))
+            classes = self._match_colors(pixels)
+        elif label.mode == "L":
+            pixels = np.asarray(label)
+            # A label with palette that was saved as grey has the luma of its colors: (128, 0, 0) becomes 38.
+            luma = {round(float(self.palette[value] @ (0.299, 0.587, 0.114))): value for value in self._indices}
+            classes = _lookup_table({**luma, **self._indices})[pixels]
+        elif label.mode == "P":
+            # By color if every color belongs to a class, because programs that save RGB labels as indexed pictures
+            # assign new indices; by index with any other palette.
+            pixels = np.asarray(label)
+            palette = np.zeros((256, 3), np.uint8)
+            entries = np.array(label.getpalette("RGB"), np.uint8).reshape(-1, 3)
+            palette[: len(entries)] = entries
+            classes = self._match_colors(palette)[pixels]
+            if (classes == _UNKNOWN).any():
+                classes = _lookup_table(self._indices)[pixels]
+        else:
+            raise InputError(f"a label must be an indexed, grey or RGB picture, got mode {label.mode}")
+        _check_known(classes, pixels)
+        return classes
+
+    @property
+    def _indices(self) -> dict[int, int]:
+        return {value: value for value in (*range(len(self)), IGNORE)}
+
+    def _match_colors(self, colors: np.ndarray) -> np.ndarray:
+        """Classes (...) of colors (..., 3)."""
+        classes = np.full(colors.shape[:-1], _UNKNOWN, np.uint8)
+        for value in self._indices:
+            classes[(colors == self.palette[value]).all(axis=-1)] = value
+        return classes
+
+    def encode_label(self, classes: np.ndarray) -> Image.Image:
+        """The indexed picture, with the table's palette, of classes (H, W) uint8."""
+        label = Image.fromarray(classes)
+        label.putpalette(self.palette.tobytes())
+        return label
+
+    def overlay(self, image: np.ndarray, classes: np.ndarray, opacity: float = 0.5) -> np.ndarray:
+        """The image (H, W, 3) uint8 with the pixels of every class but the background in the tint of their class."""
+        tinted = image * (1 - opacity) + self.tints[classes] * opacity
+        return np.where((classes != 0)[..., None], tinted, image).astype(np.uint8)
+
+
+# Label colors of PASCAL VOC. Tints and line styles that color-blind readers and grey printing keep apart.
+PETS = ClassTable(
+    (
+        ClassRow("background", (0, 0, 0), (119, 119, 119), ":", marker="s"),
+        ClassRow("cat", (128, 0, 0), (230, 110, 0), "--", folder="cats"),
+        ClassRow("dog", (0, 128, 0), (0, 115, 200), "-.", hatch="//", marker="^", folder="dogs"),
+    ),
+    ignored=ClassRow("boundary", (255, 255, 255), (255, 255, 255), "", hatch="xx"),
+)
+
+# Targets of a click: the object is the side of the pet's outline that was clicked.
+CLICKS = ClassTable(
+    (
+        ClassRow("ground", (0, 0, 0), (119, 119, 119), ":", marker="s"),
+        ClassRow("object", (128, 0, 0), (230, 110, 0), "--"),
+    ),
+    ignored=PETS.ignored,
+)
+
+
+def foreground(classes: Any) -> Any:
+    """Where an array or tensor of classes holds a class other than the background (and is not ignored)."""
+    return (classes != 0) & (classes != IGNORE)
 
 
 def decode_trimap(trimap: Image.Image, species: int) -> np.ndarray:
@@ -84,53 +193,19 @@ def decode_trimap(trimap: Image.Image, species: int) -> np.ndarray:
     if trimap.mode not in ("P", "L"):
         raise InputError(f"a trimap must be a grey picture, got mode {trimap.mode}")
     pixels = np.asarray(trimap)
-    classes = _table({1: species, 2: 0, 3: IGNORE})[pixels]
+    classes = _lookup_table({1: species, 2: 0, 3: IGNORE})[pixels]
     _check_known(classes, pixels)
     return classes
 
 
-def encode_label(classes: np.ndarray) -> Image.Image:
-    """The indexed picture, with the VOC palette, of classes (H, W) uint8."""
-    label = Image.fromarray(classes)
-    label.putpalette(_PALETTE.tobytes())
-    return label
-
-
-def overlay(image: np.ndarray, classes: np.ndarray, opacity: float = 0.5) -> np.ndarray:
-    """The image (H, W, 3) uint8 with cats tinted orange, dogs blue, the boundary white."""
-    tinted = image * (1 - opacity) + _TINTS[classes] * opacity
-    return np.where((classes != 0)[..., None], tinted, image).astype(np.uint8)
-
-
-def tint(value: int) -> tuple[float, float, float]:
-    """The overlay color of a class, RGB in [0, 1]."""
-    return tuple((_TINTS[value] / 255).tolist())
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """The image as 8-bit RGB. 16-bit grey is scaled: Pillow alone would turn nearly all of it white."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def resize_image(image: Image.Image, size: int) -> np.ndarray:
-    """RGB (size, size, 3) uint8: bilinear with antialiasing, the aspect ratio given up (as in the report)."""
-    return np.array(to_rgb(image).resize((size, size), Image.Resampling.BILINEAR))
-
-
-def rescale_point(x: float, y: float, old: Sequence[int], new: Sequence[int]) -> tuple[float, float]:
-    """A point, in pixels, of a picture of `old` (width, height) after resizing it to `new`; pixel centers are whole."""
-    return (x + 0.5) * new[0] / old[0] - 0.5, (y + 0.5) * new[1] / old[1] - 0.5
-
-
-def resize_mask(classes: np.ndarray, size: int) -> np.ndarray:
-    """Classes (size, size) uint8: nearest, since classes cannot be averaged."""
-    return np.array(Image.fromarray(classes).resize((size, size), Image.Resampling.NEAREST))
+def _lookup_table(values: dict[int, int]) -> np.ndarray:
+    table = np.full(256, _UNKNOWN, np.uint8)
+    table[list(values)] = list(values.values())
+    return table
 
 
 def _check_known(classes: np.ndarray, pixels: np.ndarray) -> None:
     unknown = classes == _UNKNOWN
     if unknown.any():
-        values = np.unique(pixels[unknown], axis=0)[:5].tolist()
-        raise InputError(f"{unknown.sum()} label pixels stand for no class: values {values}")
+        values: Sequence[Any] = np.unique(pixels[unknown], axis=0)[:5].tolist()
+        raise InputError(f"{unknown.sum()} label pixels belong to no class: values {values}")

@@ -1,4 +1,4 @@
-"""Prompt points drawn from a label, and what is made of them: heatmaps, masks, pictures."""
+"""Points drawn from a label, and their heatmaps, masks and pictures (report section 9)."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from utils.dataset import CLASSES, IGNORE, pet_pixels
+from utils.dataset import IGNORE, ClassTable, foreground
 
-if TYPE_CHECKING:  # preparation starts in a blink because nothing here imports torch before it is asked for
+if TYPE_CHECKING:  # preparation starts fast because nothing here imports torch before it is needed
     from torch import Tensor
 
-SIGMA = 10 / 256  # of a heatmap, as a share of the image's edge (report section 9)
+SIGMA = 10 / 256  # standard deviation of a heatmap, as a share of the image's edge (report section 9)
 
 
 def random_pixel(where: np.ndarray, rng: np.random.Generator) -> tuple[int, int] | None:
@@ -24,19 +24,19 @@ def random_pixel(where: np.ndarray, rng: np.random.Generator) -> tuple[int, int]
     return x, y
 
 
-def draw_points(classes: np.ndarray, rng: np.random.Generator) -> list[tuple[str, int, int]]:
-    """One random point (class name, x, y) inside the pet and one in the background, never on the boundary.
+def sample_points(classes: np.ndarray, class_table: ClassTable, rng: np.random.Generator) -> list[tuple[str, int, int]]:
+    """One random point (class name, x, y) in each class that `classes` (H, W) holds, never on the boundary.
 
-    `classes` (H, W) holds one species. x and y are pixels, origin top left. A class without pixels has no point.
+    x and y are pixels, origin top left.
     """
-    drawn = [(name, random_pixel(classes == value, rng)) for value, name in enumerate(CLASSES)]
-    return [(name, *point) for name, point in drawn if point is not None]
+    sampled = [(name, random_pixel(classes == value, rng)) for value, name in enumerate(class_table.names)]
+    return [(name, *point) for name, point in sampled if point is not None]
 
 
 def gaussian_heatmaps(points: Tensor, height: int, width: int) -> Tensor:
-    """Heatmaps (N, height, width) of points (N, 2), x and y in pixels: Gaussians with peak 1 at the point.
+    """Heatmaps (N, height, width) of points (N, 2), x and y in pixels: Gaussians with maximum 1 at the point.
 
-    Their standard deviation is 10 pixels at 256 (report section 9), along each edge in proportion.
+    Their standard deviation is 10 pixels at 256 (report section 9), in proportion along each edge.
     """
     import torch
 
@@ -47,13 +47,13 @@ def gaussian_heatmaps(points: Tensor, height: int, width: int) -> Tensor:
 
 
 def point_mask(classes: np.ndarray, x: int, y: int) -> np.ndarray:
-    """What lies under the click (x, y), the pet or the background: 1 there, 0 elsewhere, 255 on the boundary; uint8."""
-    pet = pet_pixels(classes)
+    """The target (H, W) uint8 of a click at (x, y): 1 on its side of the outline, 0 on the other, 255 = boundary."""
+    pet = foreground(classes)
     return np.where(classes == IGNORE, IGNORE, pet == pet[y, x]).astype(np.uint8)
 
 
-def prompt_pictures(classes: np.ndarray, x: int, y: int) -> tuple[Image.Image, Image.Image]:
-    """A point's heatmap, and its mask (white: under the click, black: not, grey: boundary), at the label's size."""
+def heatmap_and_mask(classes: np.ndarray, x: int, y: int) -> tuple[Image.Image, Image.Image]:
+    """A point's heatmap, and its mask (white: clicked side, black: other side, grey: boundary), at the label's size."""
     import torch
 
     heat = gaussian_heatmaps(torch.tensor([[float(x), float(y)]]), *classes.shape)[0].numpy()

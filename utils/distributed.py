@@ -1,7 +1,4 @@
-"""Several processes that share the work, each with its share of the images: torchrun or accelerate launch starts them.
-
-A process that is alone has all of them: rank 0 of 1, and nothing to gather.
-"""
+"""Several processes that share the work, as torchrun or accelerate launch start them; alone: rank 0 of world size 1."""
 
 from __future__ import annotations
 
@@ -17,53 +14,83 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.utils.data import DataLoader
 
-from utils.helper import pick_device
+from utils.files import InputError
 
 log = logging.getLogger(__name__)
 
 
-def join(device: str) -> torch.device:
-    """Join the processes that were started together; returns the device of this one, as `--device` asks for."""
+def pick_device(name: str) -> torch.device:
+    """The device of `--device`; "auto" is CUDA, else Apple's MPS, else the CPU.
+
+    InputError when the machine does not have it, or has fewer devices than processes were started.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, present in available.items() if present)
+    if not available[name]:
+        raise InputError(f"--device {name}: this machine has none that PyTorch {torch.__version__} can use")
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # started together on this machine
+    devices = {"cuda": torch.cuda.device_count(), "mps": 1, "cpu": processes}[name]
+    if processes > devices:
+        raise InputError(
+            f"{processes} processes were started on this machine, which has {devices} for --device {name}: "
+            f"start {devices}, or give --device cpu"
+        )
+    return torch.device(name)
+
+
+def init_distributed(device: str) -> torch.device:
+    """Join the processes that were started together; returns this process's device, as `--device` asks for."""
     state = PartialState(cpu=pick_device(device).type == "cpu")
     if not dist.is_initialized() and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
         log.warning("accelerate launch started one process only; on a CPU torchrun --nproc_per_node starts several")
     return state.device
 
 
-def leave() -> None:
-    """Part from the other processes when all is done. (After an error this could wait for them forever.)"""
+def destroy_distributed() -> None:
+    """Destroy the process group. Only after success: after an error it could wait forever for the other processes."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def rank() -> int:
-    """The number of this process, from 0; that one writes and prints."""
+    """The number of this process, from 0. Rank 0 writes and prints."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world() -> int:
-    """How many processes there are."""
+def world_size() -> int:
+    """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def add_up(tensor: Tensor) -> Tensor:
-    """The sum of the processes' tensors."""
-    if world() > 1:
+def print_once(text: str) -> None:
+    """Print on rank 0 only."""
+    if rank() == 0:
+        print(text)
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """The sum of the tensors of all ranks."""
+    if world_size() > 1:
         tensor = tensor.clone()
         dist.all_reduce(tensor)
     return tensor
 
 
-def gather(values: Sequence[Any]) -> list[Any]:
-    """The processes' lists of plain values, one after the other."""
-    if world() == 1:
+def all_gather_objects(values: Sequence[Any]) -> list[Any]:
+    """The lists of plain values of all ranks, concatenated."""
+    if world_size() == 1:
         return list(values)
-    parts: list[Any] = [None] * world()
+    parts: list[Any] = [None] * world_size()
     dist.all_gather_object(parts, list(values))
     return [value for part in parts for value in part]
 
 
-def gather_samples(loader: DataLoader, values: Sequence[Any]) -> list[Any]:
-    """A plain value for each sample of a loader's data set, in its order, from those of the samples loaded here."""
+def gather_in_dataset_order(loader: DataLoader, values: Sequence[Any]) -> list[Any]:
+    """One plain value per sample of the loader's data set, gathered from all ranks.
+
+    `values` are those of the samples that this rank's loader yields, in its order.
+    """
     samples = [sample for keys in loader.batch_sampler for _, sample in keys]
-    return [value for _, value in sorted(gather(list(zip(samples, values, strict=True))), key=itemgetter(0))]
+    pairs = all_gather_objects(list(zip(samples, values, strict=True)))
+    return [value for _, value in sorted(pairs, key=itemgetter(0))]

@@ -1,9 +1,7 @@
-"""What every test.py shares: scores and pictures of a split, and masks for photographs without labels."""
+"""The one loop over a test set, and the scores and pictures that a test writes."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import time
 import zlib
@@ -12,211 +10,234 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from utils.config import TestConfig, to_json
-from utils.dataset import CLASSES, encode_label, overlay, rescale_point, resize_image, to_rgb
-from utils.distributed import gather, gather_samples, rank, world
-from utils.files import PICTURE_SUFFIXES, InputError, atomic_path, load_picture, write_bytes, write_json
-from utils.helper import describe_environment, to_device
-from utils.metric import ConfusionMatrix, count_confusion, nan_mean, predict
-from utils.plot import plot_confusion, plot_predictions
-from utils.robustness import Damage, study_robustness
+from utils.config import TestConfig, as_plain_dict
+from utils.dataset import ClassTable
+from utils.distributed import all_reduce_sum, rank, world_size
+from utils.figures import plot_pictures, save_figure
+from utils.files import InputError, format_csv, write_bytes, write_json
+from utils.helper import class_table_of, describe_environment
+from utils.image import load_picture, resize_image, resize_mask, to_rgb
+from utils.loader import EpochBatchSampler, make_loader, prepare_batch
+from utils.metric import ConfusionMatrix, count_confusion, logits_to_classes, nan_mean
+from utils.predictor import resize_logits, save_mask
+from utils.robustness import Variant, list_variants, summarize_robustness, write_robustness
 
-SYNTHETIC_NOTE = "synthetic drawings: the scores compare with nothing"
+SYNTHETIC_NOTE = "synthetic drawings: scores are not comparable to any benchmark"
+
+
+class ImagePrediction(NamedTuple):
+    """Predictions and targets of one image, classes (K, H, W) at the label's size: K = 1, or one per click.
+
+    Each mask is saved as NAME + suffix + ".png".
+    """
+
+    masks: Tensor
+    targets: Tensor
+    suffixes: Sequence[str] = ("",)
+
+
+# Takes a batch on the device: `image` float (B, 3, H, W), `label`, `name`, and `perturbation` (None: clean images).
+PredictBatch = Callable[[dict[str, Any]], Iterator[ImagePrediction]]
+
+
+def predict_classes(model: nn.Module) -> PredictBatch:
+    """Predictions of a segmenter. The logits are resized to the label's size, not the label."""
+
+    def predict(batch: dict[str, Any]) -> Iterator[ImagePrediction]:
+        logits = model(batch["image"])
+        for image_logits, label in zip(logits, batch["label"]):
+            yield ImagePrediction(logits_to_classes(resize_logits(image_logits[None], label.shape)), label[None])
+
+    return predict
 
 
 @dataclass
 class Evaluation:
-    """Confusion counts of each image (N, C, C), row = truth, in the order of the data set."""
+    """Confusion counts (N, V, C, C) of each image in each variant, row = truth; variant 0 is the clean image."""
 
     counts: Tensor
-    class_names: Sequence[str]
+    variants: Sequence[Variant]
+    class_table: ClassTable
     seconds: float
     names: Sequence[str]
-    labels: Sequence[int]  # checksums: scores on different labels are not to be compared
+    labels: Sequence[int]  # checksums: scores on different labels must not be compared
 
     @property
     def total(self) -> ConfusionMatrix:
-        return ConfusionMatrix(self.class_names, self.counts.sum(dim=0))
+        """The counts of the clean images."""
+        return ConfusionMatrix(self.class_table.names, self.counts[:, 0].sum(dim=0))
 
     @cached_property
     def image_iou(self) -> list[float]:
-        """Mean IoU of each image, over the classes that its truth or prediction has."""
-        return [nan_mean(ConfusionMatrix(self.class_names, counts).iou()) for counts in self.counts]
+        """Mean IoU of each clean image, over the classes of its truth or prediction."""
+        return [nan_mean(ConfusionMatrix(self.class_table.names, counts).iou()) for counts in self.counts[:, 0]]
 
     def metrics(self) -> dict[str, Any]:
-        """The scores over all images together, per image, and of predicting background everywhere."""
-        per_image = sorted(
-            iou for iou in self.image_iou if not math.isnan(iou)
-        )  # NaN: an image of ignored pixels alone
+        """The scores over all clean images together, per image, and of predicting the background everywhere."""
+        per_image = sorted(iou for iou in self.image_iou if not math.isnan(iou))  # NaN: all pixels are ignored
         worst = per_image[: max(1, round(0.05 * len(per_image)))]
         return {
             "images": len(self.counts),
-            "pixels": int(self.counts.sum()),
+            "pixels": int(self.counts[:, 0].sum()),
             **self.total.scores(),
             "per_image_iou": {"mean": nan_mean(per_image), "worst_5_percent": nan_mean(worst)},
-            "baseline": {"name": f"all {self.class_names[0]}", **self.total.baseline().scores()},
+            "baseline": {"name": f"all {self.class_table.names[0]}", **self.total.baseline().scores()},
         }
 
-    def write_images(self, path: Path) -> None:
-        """A CSV row per image: its mean IoU, the checksum of its label, and its pixels by truth/prediction."""
-        pairs = [f"{truth}/{prediction}" for truth in self.class_names for prediction in self.class_names]
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["name", "label", "iou", *pairs])
-        for name, label, iou, counts in zip(self.names, self.labels, self.image_iou, self.counts):
-            writer.writerow([name, f"{label:08x}", f"{iou:.4f}", *counts.flatten().tolist()])
-        write_bytes(path, text.getvalue().encode())
-
-
-# Predictions and targets (..., H, W) of each image of a batch on the device, at the size of the batch's labels.
-Answer = Callable[[dict[str, Any]], Iterator[tuple[Tensor, Tensor]]]
-
-
-def answer_classes(model: nn.Module) -> Answer:
-    """The classes that a segmenter finds, and the labels: the logits are resized, not the labels."""
-
-    def answer(batch: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
-        logits = model(batch["image"])
-        for image_logits, label in zip(logits, batch["label"]):
-            yield predict(resize_logits(image_logits[None], label.shape))[0], torch.as_tensor(label).to(logits.device)
-
-    return answer
+    def images_csv(self) -> bytes:
+        """A row per clean image: its mean IoU, the checksum of its label, and its pixels by truth/prediction."""
+        pairs = [f"{truth}/{prediction}" for truth in self.class_table.names for prediction in self.class_table.names]
+        rows = zip(self.names, self.labels, self.image_iou, self.counts[:, 0])
+        return format_csv(
+            ["name", "label", "iou", *pairs],
+            [[name, f"{label:08x}", f"{iou:.4f}", *counts.flatten().tolist()] for name, label, iou, counts in rows],
+        )
 
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module,
-    loader: DataLoader,
+    predict_batch: PredictBatch,
+    test_set: Dataset,
     device: torch.device,
-    class_names: Sequence[str] = CLASSES,
     *,
+    batch_size: int = 32,
+    workers: int = 0,
+    class_table: ClassTable | None = None,
     masks: Path | None = None,
 ) -> Evaluation:
-    """Compare predictions with each batch's `label`; with `masks` they are also written there, as NAME.png.
+    """Count predictions against targets for every image of `test_set`, clean and under its perturbations.
 
-    Every one of several processes returns the counts of all images.
+    Each image is loaded once. The targets have the classes of `class_table` (default: the data set's). With `masks` the
+    predictions of the clean images are written there. Every rank returns the counts of all images.
+
+    The data set has `names`, `class_table` and `perturbations`; its items `image`, `label`, `name` and `noise/*`.
     """
-    model.eval()
-    answer = answer_classes(model)
-    began = time.perf_counter()
-    rows: list[tuple[list[list[int]], int]] = []
+    names, variants, began = test_set.names, list_variants(test_set.perturbations), time.perf_counter()
+    if len(names) < world_size():
+        raise InputError(f"{len(names)} images cannot be shared by {world_size()} processes: start fewer")
+    class_table = class_table or test_set.class_table
+    size = len(class_table)
+    counts = torch.zeros(len(names), len(variants), size, size, dtype=torch.int64)
+    checksums = torch.zeros(len(names), dtype=torch.int64)
+    index_of = {name: index for index, name in enumerate(names)}
+    loader = make_loader(test_set, EpochBatchSampler(len(names), batch_size * world_size(), shuffle=False), workers)
     options = {"unit": "image", "leave": False, "disable": rank() != 0}
-    with tqdm(total=len(loader.dataset), desc="test", **options) as bar, ThreadPoolExecutor() as pool:
+    with tqdm(total=counts[..., 0, 0].numel(), desc="test", **options) as bar, ThreadPoolExecutor() as pool:
         for batch in loader:
-            answers = list(answer(to_device(batch, device)))
-            counts = torch.stack([count_confusion(*pair, len(class_names)) for pair in answers])
-            # Plain numbers: small tensors that stay would lie between the large ones, and memory would grow and grow.
-            rows += zip(counts.tolist(), map(zlib.crc32, batch["label"]))
-            if masks:
-                found = [prediction.to(torch.uint8).cpu().numpy() for prediction, _ in answers]
-                list(pool.map(save_mask, [masks / f"{name}.png" for name in batch["name"]], found))
-            bar.update(len(answers) * world())
-    names = [record.name for record in loader.dataset.records]
-    counts, labels = zip(*gather_samples(loader, rows))
-    return Evaluation(torch.tensor(counts), class_names, time.perf_counter() - began, names, labels)
-
-
-def save_mask(path: Path, classes: np.ndarray) -> None:
-    """Write classes (H, W) uint8 as an indexed picture, atomically."""
-    with atomic_path(path) as temporary:
-        encode_label(classes).save(temporary, "PNG", compress_level=1)
-
-
-def resize_logits(logits: Tensor, size: Sequence[int]) -> Tensor:
-    """Logits (B, C, h, w) at `size` (H, W), bilinear."""
-    return F.interpolate(logits.float(), tuple(size), mode="bilinear", align_corners=False)
-
-
-@torch.inference_mode()
-def segment(
-    model: nn.Module,
-    picture: Image.Image,
-    image_size: int,
-    device: torch.device,
-    *,
-    point: tuple[float, float] | None = None,
-) -> np.ndarray:
-    """Classes (H, W) uint8 of a picture at its own size; the model sees it at `image_size` x `image_size`.
-
-    A model that is prompted gets `point`, x and y in pixels of the picture.
-    """
-    image = torch.from_numpy(resize_image(picture, image_size)).permute(2, 0, 1)[None]  # (1, 3, size, size)
-    prompt = (
-        []
-        if point is None
-        else [torch.tensor([rescale_point(*point, picture.size, (image_size, image_size))], device=device)]
-    )
-    logits = model(to_device({"image": image}, device)["image"], *prompt)
-    return predict(resize_logits(logits, (picture.height, picture.width)))[0].to(torch.uint8).cpu().numpy()
+            indices = [index_of[name] for name in batch["name"]]
+            checksums[indices] = torch.tensor([zlib.crc32(label) for label in batch["label"]])
+            batch["label"] = [torch.from_numpy(label).to(device) for label in batch["label"]]
+            batch |= {key: batch[key].to(device) for key in batch if key == "image" or key.startswith("noise/")}
+            for number, variant in enumerate(variants):
+                perturbation = variant.perturbation and variant.perturbation.name
+                inputs = {"image": variant.apply(batch), "name": batch["name"], "label": batch["label"]}
+                predictions = list(predict_batch(prepare_batch(inputs, device) | {"perturbation": perturbation}))
+                tables = [count_confusion(one.masks, one.targets, size) for one in predictions]
+                counts[indices, number] = torch.stack(tables).cpu()
+                if masks and variant.perturbation is None:
+                    files = [
+                        (masks / f"{name}{suffix}.png", mask.to(torch.uint8).cpu().numpy(), class_table)
+                        for name, prediction in zip(batch["name"], predictions)
+                        for suffix, mask in zip(prediction.suffixes, prediction.masks)
+                    ]
+                    list(pool.map(lambda file: save_mask(*file), files))
+                bar.update(len(indices) * world_size())
+    counts, checksums = (all_reduce_sum(part.to(device)).cpu() for part in (counts, checksums))
+    return Evaluation(counts, variants, class_table, time.perf_counter() - began, names, checksums.tolist())
 
 
 def score(
+    model: nn.Module, checkpoint: dict[str, Any], test_set: Dataset, config: TestConfig, device: torch.device
+) -> str:
+    """Score a segmenter on a test set; returns the scores as text.
+
+    Writes metrics.json, images.csv, masks/, confusion.png, predictions.png, and the files of `utils.robustness` if the
+    test set has perturbations. InputError when the checkpoint has other classes than the data.
+    """
+    class_table = test_set.class_table
+    check_classes(checkpoint, class_table, config)
+    out = prepare_results_folder(config)
+    evaluation = evaluate(
+        predict_classes(model), test_set, device,
+        batch_size=config.batch_size, workers=config.workers, masks=out / "masks",
+    )  # fmt: skip
+    metrics = evaluation.metrics() | describe_test(model, checkpoint, evaluation, config, device, test_set.synthetic)
+    if rank() != 0:
+        return ""
+    note = SYNTHETIC_NOTE if test_set.synthetic else ""
+    save_figure(plot_confusion(evaluation.total.counts.numpy(), class_table.names, note), out / "confusion.png")
+    rows = []
+    for place, index in pick_examples(evaluation.image_iou):
+        record = test_set.records[index]
+        photo, label, mask = example_arrays(record, out / "masks" / f"{record.name}.png", config.score_size)
+        caption = f"{place}: {record.name}\nmean IoU {evaluation.image_iou[index]:.2f}"
+        rows.append((caption, [photo, class_table.overlay(photo, label), class_table.overlay(photo, mask)]))
+    figure = plot_pictures(rows, ("photograph", "truth", "prediction"), note, class_table)
+    save_figure(figure, out / "predictions.png")
+    title = f"{config.checkpoint} on {metrics['images']} images of {config.data / config.split}"
+    text = [format_scores(metrics, f"{title} ({note})" if note else title)]
+    text += [str(out / name) for name in ("metrics.json", "confusion.png", "predictions.png")]
+    return "\n".join(text + write_scores(out, evaluation, metrics, note))
+
+
+def check_classes(checkpoint: dict[str, Any], class_table: ClassTable, config: TestConfig) -> None:
+    """InputError when the checkpoint was trained on other classes than those of the targets."""
+    trained = class_table_of(checkpoint).names
+    if trained != class_table.names:
+        raise InputError(
+            f"{config.checkpoint} was trained on the classes {', '.join(trained)}, "
+            f"{config.data} has {', '.join(class_table.names)}"
+        )
+
+
+def prepare_results_folder(config: TestConfig) -> Path:
+    """Create the folder for the scores, and delete the scores of an earlier test in it."""
+    out = config.results
+    out.mkdir(parents=True, exist_ok=True)  # a problem with the folder should show before the work, not after
+    for name in ("metrics.json", "robustness.json", "robustness.csv", "robustness.png"):
+        (out / name).unlink(missing_ok=True)  # an old robustness study must not stand beside new scores
+    return out
+
+
+def write_scores(out: Path, evaluation: Evaluation, metrics: dict[str, Any], note: str) -> list[str]:
+    """Write images.csv, metrics.json and, if there are perturbations, the robustness files; returns their summary."""
+    write_bytes(out / "images.csv", evaluation.images_csv())
+    write_json(out / "metrics.json", metrics)
+    if len(evaluation.variants) == 1:
+        return []
+    details = {"seconds": evaluation.seconds, **{key: metrics[key] for key in TEST_DETAILS}}
+    summary = summarize_robustness(evaluation.counts.sum(dim=0), evaluation.variants, evaluation.class_table)
+    robustness = {"images": metrics["images"], **details, **summary}
+    return [write_robustness(out, robustness, evaluation.class_table, note)]
+
+
+TEST_DETAILS = (
+    "images_per_second", "score_size", "model", "parameters", "trained_parameters", "epoch", "seed", "image_size",
+    "synthetic", "config", "environment",
+)  # fmt: skip
+
+
+def describe_test(
     model: nn.Module,
     checkpoint: dict[str, Any],
-    loader: DataLoader,
+    evaluation: Evaluation,
     config: TestConfig,
     device: torch.device,
-    *,
     synthetic: bool,
-    damage: Damage | None = None,
 ) -> dict[str, Any]:
-    """Score a split, clean and then under `damage`, print the scores and return them.
-
-    Writes metrics.json, images.csv, masks/, confusion.png, predictions.png, and what `utils.robustness` does.
-    """
-    out = results_folder(config)
-    evaluation = evaluate(model, loader, device, masks=out / "masks")
-    source = provenance(model, checkpoint, config, device, synthetic=synthetic)
-    metrics = evaluation.metrics() | source | {"images_per_second": len(evaluation.counts) / evaluation.seconds}
-    note = SYNTHETIC_NOTE if synthetic else ""
-    if rank() == 0:
-        evaluation.write_images(out / "images.csv")
-        write_json(out / "metrics.json", metrics)
-        plot_confusion(out / "confusion.png", evaluation.total.counts.numpy(), CLASSES, note)
-        plot_examples(model, loader, evaluation.image_iou, out / "predictions.png", metrics["image_size"], device, note)
-        title = f"{config.checkpoint} on {metrics['images']} images of {config.data / config.split}"
-        print(format_scores(metrics, f"{title} ({note})" if note else title))
-        print(f"{out / 'metrics.json'}\n{out / 'confusion.png'}\n{out / 'predictions.png'}")
-    if damage:
-        study_robustness(answer_classes(model), damage, device, CLASSES, out, source, note)
-    return metrics
-
-
-def plot_examples(
-    model: nn.Module,
-    loader: DataLoader,
-    image_iou: Sequence[float],
-    path: Path,
-    size: int,
-    device: torch.device,
-    note: str,
-) -> None:
-    """The best, median and worst images: photograph, truth and prediction."""
-    rows = []
-    for place, index in pick_examples(image_iou):
-        record = loader.dataset.records[index]
-        photo = to_rgb(load_picture(record.image))
-        caption = f"{place}: {record.name}\nmean IoU {image_iou[index]:.2f}"
-        rows.append((caption, np.asarray(photo), record.load_label(), segment(model, photo, size, device)))
-    plot_predictions(path, rows, note)
-
-
-def provenance(
-    model: nn.Module, checkpoint: dict[str, Any], config: TestConfig, device: torch.device, *, synthetic: bool
-) -> dict[str, Any]:
-    """What scores were made with, for metrics.json."""
+    """Model, settings, speed and environment of a test, for metrics.json."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return {
+        "images_per_second": len(evaluation.names) * len(evaluation.variants) / evaluation.seconds,
         "score_size": config.score_size,
         "model": checkpoint["model_name"],
         "parameters": sum(size for size, _ in sizes),
@@ -225,22 +246,22 @@ def provenance(
         "seed": checkpoint["config"]["seed"],
         "image_size": checkpoint["config"]["image_size"],
         "synthetic": synthetic,
-        "config": to_json(config),
+        "config": as_plain_dict(config),
         "environment": describe_environment(device),
     }
 
 
-def results_folder(config: TestConfig) -> Path:
-    """The folder for the results of scoring a split, made where it is not there yet; older scores in it go."""
-    out = config.out or config.checkpoint.parent / ("test" if config.split == "Test" else f"test_{config.split}")
-    out.mkdir(parents=True, exist_ok=True)  # what is wrong with it should show before the work, not after
-    for name in ("metrics.json", "robustness.json", "robustness.csv", "robustness.png"):
-        (out / name).unlink(missing_ok=True)  # or a sweep of other images would stand beside the new scores
-    return out
+def example_arrays(record: Any, mask: Path, score_size: str | int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Photograph (H, W, 3), label and predicted mask (H, W) of an example at the size of the scores."""
+    photo, label = to_rgb(load_picture(record.image)), record.load_label()
+    prediction = np.asarray(load_picture(mask))
+    if score_size == "native":
+        return np.asarray(photo), label, prediction
+    return resize_image(photo, score_size), resize_mask(label, score_size), prediction
 
 
 def pick_examples(scores: Sequence[float], each: int = 2) -> list[tuple[str, int]]:
-    """(place, index) of the images whose score is best, median and worst, `each` of a kind, none twice, no NaN."""
+    """(place, index) of the images with the best, median and worst scores, `each` of a kind, none twice, no NaN."""
     order = sorted((i for i, score in enumerate(scores) if not math.isnan(score)), key=lambda i: -scores[i])
     middle = max(0, (len(order) - each) // 2)
     picked: dict[int, str] = {}
@@ -271,74 +292,21 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
 
-def segment_pictures(
-    model: nn.Module,
-    checkpoint: dict[str, Any],
-    config: TestConfig,
-    device: torch.device,
-    *,
-    point: tuple[float, float] | None = None,
-) -> None:
-    """Write NAME_mask.png (indexed) and NAME_overlay.jpg for each of `config.images`, at the picture's own size.
-
-    They go to `config.out`, or to test/images/ beside the checkpoint. Pictures are turned upright as their EXIF
-    orientation says. Those that cannot be read are named in an InputError after all others are done. A model that is
-    prompted gets the same `point` of each picture; its mask is 1 where the picture belongs to what lies under it.
-    """
-    out = config.out or config.checkpoint.parent / "test" / "images"
-    paths = [path for path in find_pictures(config.images) if out.resolve() not in path.resolve().parents]
-    if not paths:
-        raise InputError(f"--images: the pictures lie in {out}, where the masks would go; choose another --out")
-    problems: list[str] = []
-    share = list(zip(paths, distinct_stems(paths)))[rank() :: world()]
-    for path, stem in tqdm(share, desc="segment", unit="image", leave=False, disable=rank() != 0):
-        try:
-            picture = to_rgb(load_picture(path, upright=True))
-            if point is not None and not (0 <= point[0] <= picture.width - 1 and 0 <= point[1] <= picture.height - 1):
-                raise InputError(
-                    f"{path}: the point {point} is not in it, it has {picture.width}x{picture.height} pixels"
-                )
-        except InputError as error:
-            problems.append(str(error))
-            continue
-        classes = segment(model, picture, checkpoint["config"]["image_size"], device, point=point)
-        save_mask(out / f"{stem}_mask.png", classes)
-        with atomic_path(out / f"{stem}_overlay.jpg") as temporary:
-            Image.fromarray(overlay(np.asarray(picture), classes)).save(temporary, "JPEG", quality=92)
-    problems = gather(problems)
-    if rank() == 0:
-        print(f"{len(paths) - len(problems)} pictures segmented: {out}")
-    if problems:
-        raise InputError("could not be segmented:\n  " + "\n  ".join(problems))
-
-
-def distinct_stems(paths: Sequence[Path]) -> list[str]:
-    """The stem of each path, numbered where another has it: of cat.jpg and cat.png, or of two folders."""
-    taken: set[str] = set()
-    stems = []
-    for path in paths:
-        stem, copy = path.stem, 1
-        while stem in taken:
-            copy += 1
-            stem = f"{path.stem}-{copy}"
-        taken.add(stem)
-        stems.append(stem)
-    return stems
-
-
-def find_pictures(paths: Sequence[Path]) -> Iterator[Path]:
-    """The files among `paths`, and every picture below the folders among them; InputError where there is none."""
-    for path in paths:
-        if path.is_dir():
-            below = [
-                file
-                for file in sorted(path.rglob("*"))
-                if file.suffix.lower() in PICTURE_SUFFIXES and file.name[0] != "." and file.is_file()
-            ]
-            if not below:
-                raise InputError(f"--images: {path} holds no picture ({', '.join(sorted(PICTURE_SUFFIXES))})")
-            yield from below
-        elif path.is_file():
-            yield path
-        else:
-            raise InputError(f"--images: {path} does not exist")
+def plot_confusion(counts: np.ndarray, class_names: Sequence[str], title: str = "") -> Figure:
+    """The confusion matrix (C, C), row = truth: share of each true class, and millions of pixels."""
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    size = len(class_names)
+    figure = Figure(figsize=(1.6 + 1.1 * size, 1.2 + 1.0 * size), layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    for row in range(size):
+        for column in range(size):
+            color = "white" if share[row, column] > 0.5 else "black"
+            text = f"{share[row, column]:.1%}\n{counts[row, column] / 1e6:.2f} M px"
+            axis.text(column, row, text, ha="center", va="center", color=color, fontsize=9)
+    ticks = range(size)
+    axis.set(xticks=ticks, xticklabels=class_names, yticks=ticks, yticklabels=class_names)
+    axis.set(xlabel="predicted class", ylabel="true class")
+    figure.suptitle(title, fontsize=8)
+    figure.colorbar(image, ax=axis, label="share of the true class", shrink=0.8)
+    return figure

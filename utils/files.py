@@ -1,38 +1,33 @@
-"""Files that are written whole or not at all, pictures that are opened safely, and the error a user can mend."""
+"""Files that are written completely or not at all, locks, and the error that a user can fix."""
 
 from __future__ import annotations
 
-import errno
-import fcntl
+import csv
+import io
 import json
 import os
 import re
 import time
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from PIL import Image, ImageOps, UnidentifiedImageError
-
-# Pillow warns above its limit and raises above twice that; `load_picture` raises above it, and says what to do.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-
-PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"}
+from filelock import FileLock, Timeout
 
 
 class InputError(Exception):
-    """Something the user can mend: an argument, a file, a shape. Scripts print its text and exit with 1."""
+    """An argument, file or shape that the user can correct. Scripts print the message and exit with code 1."""
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it replaces `path` when the block ends well and vanishes when it does not.
+    """Yield a temporary path beside `path`. It replaces `path` when the block succeeds and is removed when it fails.
 
-    A reader, or a process that takes over after a kill, sees the old file or the new one, never a part of one.
+    Another process, or the next run after a kill, sees the complete old file or the complete new one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    unique = f"{os.getpid()}{time.time_ns()}"  # also among the machines that share a folder
+    unique = f"{os.getpid()}{time.time_ns()}"  # unique also across machines that share a folder
     temporary = path.with_name(f".{path.name[:200]}.{unique}.tmp")
     try:
         yield temporary
@@ -42,27 +37,26 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path, *, idle_seconds: float = 0) -> None:
-    """Delete the files of `atomic_path` that killed processes left in `folder`, if untouched for `idle_seconds`."""
+    """Delete temporary files of `atomic_path` that killed processes left in `folder`, if older than `idle_seconds`."""
     for path in folder.glob(".*.tmp"):
-        with suppress(FileNotFoundError):  # another process may have finished it meanwhile
+        with suppress(FileNotFoundError):  # another process may have finished it in the meantime
             if re.fullmatch(r"\..+\.\d+\.tmp", path.name) and time.time() - path.stat().st_mtime >= idle_seconds:
                 path.unlink()
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock that the file `path` stands for; waits for the process that has it. One that dies lets it go.
+def acquire_lock(path: Path, *, timeout: float = -1, busy: str = "") -> FileLock:
+    """Acquire the lock of the file `path`; it is released by `.release()`, at the end of a `with`, or by process exit.
 
-    Where the file system knows no locks, nothing is held.
+    Waits `timeout` seconds for another process that holds it (-1: without limit), then raises InputError with the
+    message `busy`. Where the file system has no locks, filelock uses the existence of the file instead.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-                raise
-        yield
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=timeout)
+    except Timeout:
+        raise InputError(busy) from None
+    return lock
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -77,34 +71,23 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON file; InputError names it when it is not JSON."""
+    """Read a JSON file. InputError names a file that is not JSON."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"{path} is not valid JSON ({error}). Delete it and make it again.") from None
+        raise InputError(f"{path} is not valid JSON ({error}): restore it from a copy, or use another folder") from None
 
 
-def load_picture(path: Path, *, upright: bool = False) -> Image.Image:
-    """Open and fully decode a picture of any format that Pillow reads; its suffix is not believed.
+def format_csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
+    """CSV text with a header line, UTF-8."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    return text.getvalue().encode()
 
-    `upright` turns it as its EXIF orientation says. Labels were drawn over the pixels as they are stored.
 
-    Raises InputError that names the file when it is empty, not a picture, damaged, or so large that decoding it could
-    exhaust the memory (Pillow's decompression-bomb limit).
-    """
-    try:
-        picture = Image.open(path)
-        if picture.width * picture.height > Image.MAX_IMAGE_PIXELS:
-            raise Image.DecompressionBombError
-        picture.load()
-        return ImageOps.exif_transpose(picture) if upright else picture
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except Image.DecompressionBombError:
-        limit = Image.MAX_IMAGE_PIXELS / 1e6
-        raise InputError(f"{path}: larger than {limit:.0f} megapixels; scale it down") from None
-    except UnidentifiedImageError:
-        what = "not a picture" if path.stat().st_size else "an empty file"
-        raise InputError(f"{path}: {what}; replace or delete it") from None
-    except Exception as error:  # the decoders raise whatever their parser trips over in a damaged file
-        raise InputError(f"{path}: damaged or truncated ({error}); replace or delete it") from error
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file with a header line, as dicts of strings."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))

@@ -1,11 +1,14 @@
-"""The losses. Pixels whose target is 255 have no part in them, and no gradient."""
+"""The losses. Pixels whose target is 255 do not count and get no gradient."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from utils.config import weighted_sum
 from utils.dataset import IGNORE
 
 
@@ -16,10 +19,11 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def dice_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """1 - Dice coefficient (report eq. 12-13), soft: the class probabilities stand for the predicted sets.
+    """1 - soft Dice coefficient (report eq. 12-13) of logits (B, C, H, W) and target (B, H, W).
 
-    Dice = 2 |P and T| / (|P| + |T|) per class over the whole batch, averaged over the classes that the target has: one
-    that it has not would weigh as much for a handful of pixels as another for half the image.
+    Dice = 2 |P and T| / (|P| + |T|) per class over the whole batch, with class probabilities as the predicted sets. The
+    mean is over the classes in the target: an absent class would weigh as much for a few pixels as another for half of
+    the image.
     """
     valid = (target != IGNORE).unsqueeze(1)  # (B, 1, H, W)
     probability = logits.softmax(dim=1) * valid
@@ -31,17 +35,30 @@ def dice_loss(logits: Tensor, target: Tensor) -> Tensor:
     return ((1 - dice) * present).sum() / present.sum().clamp(min=1)
 
 
-class SegmentationLoss:
-    """The loss that `--loss` and `--boundary` name, of logits (B, C, H, W) and a mask (B, H, W) with 255 = boundary.
+# The names that `--loss` knows. A loss takes logits (B, C, H, W) and target (B, H, W), and returns a scalar.
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cross-entropy": cross_entropy, "dice": dice_loss}
 
-    `boundary="background"` is the report's way: what is marked 255 is learned as background. "ignore" leaves it out.
+
+class WeightedLoss:
+    """A weighted sum of losses, such as "mse+0.5*ssim", of a prediction and a target."""
+
+    def __init__(self, text: str, losses: dict[str, Callable[[Tensor, Tensor], Tensor]]):
+        self.terms = [(weight, losses[name]) for name, weight in weighted_sum(text, losses).items()]
+
+    def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return torch.stack([weight * loss(prediction, target) for weight, loss in self.terms]).sum()
+
+
+class SegmentationLoss:
+    """The loss of `--loss` and `--boundary`, of logits (B, C, H, W) and a mask (B, H, W) in which 255 is the boundary.
+
+    `boundary="background"` (the report's) learns the boundary as background, "ignore" leaves it out.
     """
 
-    def __init__(self, name: str, boundary: str):
-        terms = {"cross-entropy": cross_entropy, "dice": dice_loss}
-        self.terms = [terms[part] for part in name.split("+")]
+    def __init__(self, text: str, boundary: str):
+        self.loss = WeightedLoss(text, LOSSES)
         self.boundary = boundary
 
     def __call__(self, logits: Tensor, mask: Tensor) -> Tensor:
         target = torch.where(mask == IGNORE, 0, mask) if self.boundary == "background" else mask
-        return torch.stack([term(logits, target) for term in self.terms]).sum()
+        return self.loss(logits, target)

@@ -10,28 +10,28 @@ import torch
 from torch import Tensor, nn
 
 from utils.dataset import IGNORE
-from utils.distributed import add_up
-from utils.helper import to_device
+from utils.distributed import all_reduce_sum
+from utils.loader import prepare_batch
 
 
-def predict(logits: Tensor) -> Tensor:
+def logits_to_classes(logits: Tensor) -> Tensor:
     """Classes (B, H, W) of logits (B, C, H, W): the largest, or with a single logit 1 where it is positive."""
     if logits.shape[1] == 1:
         return (logits[:, 0] > 0).long()
-    # On the CPU ten times faster with the classes of a pixel side by side in memory.
+    # On a CPU argmax is ten times faster when the logits of a pixel are adjacent in memory.
     return logits.contiguous(memory_format=torch.channels_last).argmax(dim=1)
 
 
 def count_confusion(prediction: Tensor, target: Tensor, num_classes: int) -> Tensor:
     """Pixel counts (num_classes, num_classes) int64, row = truth, column = prediction; target 255 counts nowhere."""
-    truth = torch.where(target == IGNORE, num_classes, target).int()  # ignored pixels fill a row of their own
+    truth = torch.where(target == IGNORE, num_classes, target).int()  # ignored pixels get an extra row
     pairs = truth * num_classes + prediction.int()
     counts = torch.bincount(pairs.flatten(), minlength=(num_classes + 1) * num_classes)
     return counts.view(num_classes + 1, num_classes)[:num_classes]
 
 
 class ConfusionMatrix:
-    """Pixel counts over any number of images, and the scores they give (report eq. 14-16).
+    """Pixel counts over any number of images, and the scores computed from them (report eq. 14-16).
 
     Counts are summed before any ratio is formed, so that neither the batch size nor the order of the images matters. A
     class that is absent from truth and prediction has no score: NaN, left out of the mean.
@@ -66,7 +66,7 @@ class ConfusionMatrix:
         ]
 
     def pixel_accuracy(self) -> float:
-        """Share of pixels whose class is right."""
+        """Share of pixels whose class is correct."""
         hit, _, _, total = self._parts()
         return _ratio(sum(hit), total)
 
@@ -79,7 +79,7 @@ class ConfusionMatrix:
         return {**scores, "pixel_accuracy": _or_none(self.pixel_accuracy())}
 
     def baseline(self) -> ConfusionMatrix:
-        """What predicting class 0 everywhere would have counted on the same pixels."""
+        """The counts of predicting class 0 everywhere on the same pixels."""
         counts = torch.zeros_like(self.counts)
         counts[:, 0] = self.counts.sum(dim=1)
         return ConfusionMatrix(self.class_names, counts)
@@ -111,20 +111,20 @@ def validate(
     device: torch.device,
     class_names: Sequence[str],
 ) -> tuple[float, ConfusionMatrix]:
-    """Mean loss per image and confusion matrix over all of `loader`, those of all processes together.
+    """Mean loss per image and confusion matrix over all of `loader`, summed over all ranks.
 
     A step without logits (a reconstruction) leaves the matrix empty.
     """
     model.eval()
     confusion = ConfusionMatrix(class_names)
-    # Loss and images, summed on the device: asking it for a number makes it wait. (Apple's has no float64.)
+    # Loss and images, summed on the device: reading a number from it would make it wait. (Apple's has no float64.)
     totals = torch.zeros(2, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
     for batch in loader:
-        batch = to_device(batch, device)
+        batch = prepare_batch(batch, device)
         output = step(model, batch)
         images = len(batch["image"])
         totals += torch.stack([output.loss, torch.ones_like(output.loss)]) * images
         if output.logits is not None:
-            confusion.update(predict(output.logits), output.target)
-    loss, images = add_up(totals).tolist()
-    return loss / images, ConfusionMatrix(class_names, add_up(confusion.counts.to(device)).cpu())
+            confusion.update(logits_to_classes(output.logits), output.target)
+    loss, images = all_reduce_sum(totals).tolist()
+    return loss / images, ConfusionMatrix(class_names, all_reduce_sum(confusion.counts.to(device)).cpu())

@@ -1,133 +1,88 @@
-"""How scores fall when images are damaged: the sweep over perturbations and levels, and what it says."""
+"""How scores fall when images are perturbed: the variants that an evaluation scores, and their summary."""
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
+import math
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-import torch
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-from utils.distributed import add_up, rank, world
-from utils.files import write_bytes, write_json
-from utils.helper import to_device
-from utils.metric import ConfusionMatrix, count_confusion
-from utils.plot import plot_robustness
-
-SEEDS = 3  # draws of a perturbation that chance is part of
+from utils.dataset import ClassTable
+from utils.figures import class_styles, save_figure
+from utils.files import format_csv, write_bytes, write_json
+from utils.metric import ConfusionMatrix
 
 
-class Damage(NamedTuple):
-    """Perturbations (`dataset.perturbation`), and a loader whose batches hold as `chance/NAME` (B, draws, ...) what
-    those that chance is part of need."""
+class Perturbation(Protocol):
+    """What an evaluation needs of a perturbation (dataset/perturbation.py)."""
 
-    perturbations: Sequence[Any]
-    loader: DataLoader
+    name: str
+    unit: str
+    amounts: tuple[float, ...]
+    draws: int  # how often each image is scored per level
+
+    def __call__(self, image: Tensor, level: int, noise: Tensor | None) -> Tensor: ...
 
 
-@torch.inference_mode()
-def sweep(answer: Callable, damage: Damage, device: torch.device, num_classes: int) -> dict[str, Tensor]:
-    """Confusion counts (levels, draws, C, C) of every perturbation, summed over all images of all processes.
+class Variant(NamedTuple):
+    """A version of every test image: a perturbation at a severity level above 0, with one draw of its random inputs.
 
-    Every image is loaded once. Level 0 is the image itself, answered once for all perturbations; those without chance
-    have one draw.
+    The clean image is the variant without a perturbation; it is also level 0 of every perturbation.
     """
-    perturbations, loader = damage
-    counts: dict[str, Tensor] = {}
 
-    def count(batch: dict[str, Any], image: Tensor) -> Tensor:
-        total = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
-        for prediction, target in answer(to_device(batch | {"image": image}, device)):
-            total += count_confusion(prediction, target, num_classes)
-        return total
+    perturbation: Perturbation | None = None
+    level: int = 0
+    draw: int = 0
 
-    total = len(loader.dataset) * passes(perturbations)
-    with tqdm(total=total, desc="perturb", unit="image", leave=False, disable=rank() != 0) as bar:
-        for batch in loader:
-            image = batch["image"].to(device, non_blocking=True)
-            chances = {way.name: batch[f"chance/{way.name}"].to(device) for way in perturbations if way.draw}
-            # What every pass needs goes to the device once.
-            batch = {"name": batch["name"], "label": [torch.from_numpy(label).to(device) for label in batch["label"]]}
-            clean = count(batch, image)
-            bar.update(len(image) * world())
-            for way in perturbations:
-                draws = SEEDS if way.draw else 1
-                table = counts.setdefault(way.name, clean.new_zeros(len(way.amounts), draws, *clean.shape))
-                table[0] += clean
-                for draw in range(draws):
-                    chance = chances[way.name][:, draw] if way.draw else None
-                    for level in range(1, len(way.amounts)):
-                        table[level, draw] += count(batch, way(image, level, chance))
-                        bar.update(len(image) * world())
-    return {name: add_up(table).cpu() for name, table in counts.items()}
+    def apply(self, batch: dict[str, Any]) -> Tensor:
+        """The batch's images (B, 3, H, W) uint8 in this variant; the batch holds the random inputs as `noise/NAME`."""
+        if self.perturbation is None:
+            return batch["image"]
+        noise = batch.get(f"noise/{self.perturbation.name}")
+        return self.perturbation(batch["image"], self.level, None if noise is None else noise[:, self.draw])
 
 
-def passes(perturbations: Sequence[Any]) -> int:
-    """How often the sweep answers each image."""
-    return 1 + sum((len(way.amounts) - 1) * (SEEDS if way.draw else 1) for way in perturbations)
+def list_variants(perturbations: Sequence[Perturbation]) -> list[Variant]:
+    """The clean image, then every perturbation at every level above 0 and every draw."""
+    return [Variant()] + [
+        Variant(perturbation, level, draw)
+        for perturbation in perturbations
+        for draw in range(perturbation.draws)
+        for level in range(1, len(perturbation.amounts))
+    ]
 
 
-def study_robustness(
-    answer: Callable,
-    damage: Damage,
-    device: torch.device,
-    class_names: Sequence[str],
-    out: Path,
-    source: dict[str, Any],
-    note: str,
-) -> None:
-    """Sweep, write robustness.json, robustness.csv and robustness.png into `out`, and print what was retained."""
-    began = time.perf_counter()
-    counts = sweep(answer, damage, device, len(class_names))
-    seconds = time.perf_counter() - began
-    if rank() != 0:
-        return
-    perturbations, images = damage.perturbations, len(damage.loader.dataset)
-    scores = {name: score_levels(table, class_names) for name, table in counts.items()}
-    truth = next(iter(counts.values()))[0, 0].sum(dim=1)
-    present = [name for name, pixels in zip(class_names, truth) if pixels]
-    summary: dict[str, Any] = {
-        "images": images, "draws": SEEDS, "seconds": seconds,
-        "images_per_second": images * passes(perturbations) / seconds, **source,
-        "perturbations": {
-            way.name: {
-                "unit": way.unit, "amounts": list(way.amounts), **summarize(scores[way.name], present),
-                **scores[way.name],
-            }
-            for way in perturbations
-        },
-    }  # fmt: skip
-    for key in ("retained_last", "retained_mean", "area"):
-        summary[key] = statistics.fmean(entry[key] for entry in summary["perturbations"].values())
-    write_json(out / "robustness.json", summary)
-    write_bytes(out / "robustness.csv", format_rows(summary).encode())
-    plot_robustness(out / "robustness.png", summary["perturbations"], class_names, note)
-    print(format_summary(summary))
-    print("\n".join(str(out / f"robustness.{suffix}") for suffix in ("json", "csv", "png")))
+def select_levels(counts: Tensor, variants: Sequence[Variant], perturbation: Perturbation) -> list[list[Tensor]]:
+    """Of counts (V, C, C), those (C, C) of one perturbation by level and draw; level 0 is the clean image."""
+    position = {variant: number for number, variant in enumerate(variants)}
+    levels = []
+    for level in range(len(perturbation.amounts)):
+        keys = [Variant(perturbation, level, draw) if level else Variant() for draw in range(perturbation.draws)]
+        levels.append([counts[position[key]] for key in keys])
+    return levels
 
 
-def score_levels(counts: Tensor, class_names: Sequence[str]) -> dict[str, dict[str, list[list[float | None]]]]:
-    """{"dice": {class or "mean": [[a score per draw] per level]}, "iou": ...} of counts (levels, draws, C, C)."""
-    table = [[ConfusionMatrix(class_names, draw).scores() for draw in level] for level in counts]
+def score_levels(levels: Sequence[Sequence[Tensor]], class_names: Sequence[str]) -> dict[str, Any]:
+    """{"dice": {class or "mean": [[a score per draw] per level]}, "iou": ...} of counts by level and draw."""
+    table = [[ConfusionMatrix(class_names, counts).scores() for counts in draws] for draws in levels]
     return {
-        kind: {label: [[draw[kind][label] for draw in level] for level in table] for label in (*class_names, "mean")}
+        kind: {name: [[draw[kind][name] for draw in draws] for draws in table] for name in (*class_names, "mean")}
         for kind in ("dice", "iou")
     }
 
 
-def summarize(scores: dict[str, Any], class_names: Sequence[str]) -> dict[str, float]:
-    """The mean Dice that is left, as a share of the clean one: at the last level, and on average over levels 1 to 9;
-    and the area under the curve of the mean Dice over the levels (trapezoids), 1 where it is 1 at every level.
+def summarize_levels(scores: dict[str, Any], class_names: Sequence[str]) -> dict[str, float]:
+    """The mean Dice as a share of the clean one, at the last level and on average over levels 1 to 9; and the area
+    under its curve over the levels (trapezoids), which is 1 if the Dice is 1 at every level.
 
-    The mean is over `class_names`, those that the truth holds: another, once predicted, would change what is averaged.
+    The mean is over `class_names`, the classes of the truth. A class that is only predicted would change the mean.
     """
     levels = zip(*(scores["dice"][name] for name in class_names))
     curve = [statistics.fmean(value for draws in level for value in draws) for level in levels]
@@ -136,29 +91,93 @@ def summarize(scores: dict[str, Any], class_names: Sequence[str]) -> dict[str, f
     return {"retained_last": curve[-1] / clean, "retained_mean": statistics.fmean(curve[1:]) / clean, "area": area}
 
 
-def format_rows(summary: dict[str, Any]) -> str:
-    """robustness.csv: a row per perturbation, level, draw and class."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["perturbation", "level", "amount", "draw", "class", "dice", "iou"])
-    for name, entry in summary["perturbations"].items():
-        for level, amount in enumerate(entry["amounts"]):
-            for label in entry["dice"]:
-                pairs = zip(entry["dice"][label][level], entry["iou"][label][level])
-                for draw, (dice, iou) in enumerate(pairs):
-                    writer.writerow([name, level, amount, draw, label, *(_round(value) for value in (dice, iou))])
-    return text.getvalue()
+def summarize_robustness(counts: Tensor, variants: Sequence[Variant], class_table: ClassTable) -> dict[str, Any]:
+    """The content of robustness.json of counts (V, C, C): scores and summary of each perturbation, and their means."""
+    truth = counts[0].sum(dim=1)
+    present = [name for name, pixels in zip(class_table.names, truth) if pixels]
+    perturbations = dict.fromkeys(variant.perturbation for variant in variants if variant.perturbation)
+    summary: dict[str, Any] = {"draws": max(way.draws for way in perturbations), "perturbations": {}}
+    for perturbation in perturbations:
+        scores = score_levels(select_levels(counts, variants, perturbation), class_table.names)
+        summary["perturbations"][perturbation.name] = {
+            "unit": perturbation.unit,
+            "amounts": list(perturbation.amounts),
+            **summarize_levels(scores, present),
+            **scores,
+        }
+    for key in ("retained_last", "retained_mean", "area"):
+        summary[key] = statistics.fmean(entry[key] for entry in summary["perturbations"].values())
+    return summary
 
 
-def format_summary(summary: dict[str, Any]) -> str:
+def write_robustness(out: Path, summary: dict[str, Any], class_table: ClassTable, title: str) -> str:
+    """Write robustness.json, robustness.csv and robustness.png into `out`; returns the summary as text."""
+    write_json(out / "robustness.json", summary)
+    columns = ["perturbation", "level", "amount", "draw", "class", "dice", "iou"]
+    write_bytes(out / "robustness.csv", format_csv(columns, _rows(summary)))
+    save_figure(plot_robustness(summary["perturbations"], class_table, title), out / "robustness.png")
+    files = [str(out / f"robustness.{suffix}") for suffix in ("json", "csv", "png")]
+    return "\n".join([format_robustness(summary), *files])
+
+
+def _rows(summary: dict[str, Any]) -> list[list[Any]]:
+    """A row per perturbation, level, class and draw."""
+    return [
+        [name, level, amount, draw, label, *("" if value is None else f"{value:.6f}" for value in pair)]
+        for name, entry in summary["perturbations"].items()
+        for level, amount in enumerate(entry["amounts"])
+        for label in entry["dice"]
+        for draw, pair in enumerate(zip(entry["dice"][label][level], entry["iou"][label][level]))
+    ]
+
+
+def format_robustness(summary: dict[str, Any]) -> str:
     """A line per perturbation, the most harmful first, in percent."""
-    lines = [f"  {'mean Dice that is left, %':26}{'last level':>12}{'all levels':>12}{'area':>8}"]
+    lines = [f"  {'retained mean Dice, %':26}{'last level':>12}{'all levels':>12}{'area':>8}"]
     entries = sorted(summary["perturbations"].items(), key=lambda item: item[1]["retained_last"])
-    for name, entry in [*entries, ("all of these", summary)]:
+    for name, entry in [*entries, ("mean of these", summary)]:
         values = (100 * entry[key] for key in ("retained_last", "retained_mean", "area"))
         lines.append(f"  {name:26}" + "{:>12.1f}{:>12.1f}{:>8.1f}".format(*values))
     return "\n".join(lines)
 
 
-def _round(value: float | None) -> str:
-    return "" if value is None else f"{value:.6f}"
+def plot_robustness(perturbations: dict[str, dict[str, Any]], class_table: ClassTable, title: str = "") -> Figure:
+    """A panel per perturbation: Dice of each class and their mean over the levels; the band spans the draws."""
+    figure, axes = level_panels(perturbations, title)
+    styles = class_styles(class_table)
+    for axis, entry in zip(axes, perturbations.values()):
+        for name, levels in entry["dice"].items():
+            plot_levels(axis, levels, name, *styles[name])
+    entries = axes[0].get_legend_handles_labels()
+    figure.legend(*entries, loc="outside lower center", ncols=len(styles), frameon=False, fontsize=9)
+    return figure
+
+
+def level_panels(perturbations: dict[str, dict[str, Any]], title: str) -> tuple[Figure, list[Axes]]:
+    """An empty panel per perturbation, with its amounts as ticks."""
+    rows = math.ceil(len(perturbations) / 4)
+    columns = min(len(perturbations), 4)
+    figure = Figure(figsize=(1 + 3 * columns, 0.9 + 2.6 * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
+    for axis in axes[len(perturbations) :]:
+        axis.set_visible(False)
+    for axis, (name, entry) in zip(axes, perturbations.items()):
+        axis.set_title(name.replace("_", " "), fontsize=10)
+        ticks = range(0, len(entry["amounts"]), 3)
+        axis.set(xticks=ticks, xticklabels=[f"{entry['amounts'][tick]:g}" for tick in ticks], ylim=(0, 1))
+        axis.set_xlabel(entry["unit"], fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.25)
+    for axis in axes[::columns]:
+        axis.set_ylabel("Dice", fontsize=8)
+    figure.suptitle(title, fontsize=9)
+    return figure, axes[: len(perturbations)]
+
+
+def plot_levels(axis: Axes, levels: Sequence[Sequence[float | None]], label: str, color: Any, style: Any) -> None:
+    """A curve through the mean over the draws of each level, in a band from the lowest to the highest draw."""
+    values = [[np.nan if value is None else value for value in level] for level in levels]
+    steps = range(len(values))
+    known = [[value for value in level if not np.isnan(value)] or [np.nan] for level in values]
+    axis.plot(steps, [np.mean(level) for level in known], label=label, color=color, linestyle=style)
+    axis.fill_between(steps, list(map(min, known)), list(map(max, known)), color=color, alpha=0.2, linewidth=0)

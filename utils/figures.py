@@ -1,0 +1,75 @@
+"""What all figures share: saving, grids of pictures, and the legend of the classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from utils.dataset import IGNORE, ClassTable
+from utils.files import atomic_path
+
+
+def save_figure(figure: Figure, path: Path, *, pdf: bool = False) -> None:
+    """Write a figure as PNG, with `pdf` also as vector PDF beside it, atomically.
+
+    Figures are made without pyplot: no display and no global state are needed.
+    """
+    FigureCanvasAgg(figure)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)
+    if pdf:
+        with atomic_path(path.with_suffix(".pdf")) as temporary:
+            figure.savefig(temporary, format="pdf", dpi=130, metadata={"CreationDate": None})  # the same run, same file
+
+
+def plot_pictures(
+    rows: Sequence[tuple[str, Sequence[np.ndarray]]],
+    headings: Sequence[str],
+    title: str = "",
+    class_table: ClassTable | None = None,
+) -> Figure:
+    """A row per example: its caption on the left, then pictures (H, W, 3) uint8 under `headings`.
+
+    With `class_table` a legend explains the tints of its classes.
+    """
+    figure = Figure(figsize=(2 + 2 * len(headings), 2.1 * len(rows) + 0.4), layout="constrained")
+    axes = figure.subplots(len(rows), len(headings), squeeze=False)
+    for row, (caption, pictures) in zip(axes, rows):
+        for axis, picture in zip(row, pictures):
+            show_picture(axis, picture)
+        row[0].set_ylabel(caption, rotation=0, ha="right", va="center", fontsize=8)
+    for axis, heading in zip(axes[0], headings):
+        axis.set_title(heading, fontsize=10)
+    figure.suptitle(title, fontsize=9)
+    if class_table is not None:
+        add_class_legend(figure, class_table)
+    return figure
+
+
+def show_picture(axis: Axes, picture: np.ndarray) -> None:
+    """A picture (H, W, 3) uint8 without ticks."""
+    axis.imshow(picture)
+    axis.set(xticks=[], yticks=[])
+
+
+def add_class_legend(figure: Figure, class_table: ClassTable) -> None:
+    """Explain the tints of all classes but the background below the figure."""
+    values = [*range(1, len(class_table)), IGNORE]
+    labels = [class_table.row(value).name for value in values[:-1]] + [f"{class_table.ignored.name}, not scored"]
+    handles = [
+        Patch(facecolor=class_table.plot_color(value), edgecolor="#777777", label=label)
+        for value, label in zip(values, labels)
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False, fontsize=9)
+
+
+def class_styles(class_table: ClassTable) -> dict[str, tuple[tuple[float, ...] | str, str]]:
+    """Color and line style of each class, and of the mean over them."""
+    styles = {row.name: (class_table.plot_color(value), row.line) for value, row in enumerate(class_table.rows)}
+    return {**styles, "mean": ("#000000", "-")}

@@ -1,0 +1,162 @@
+"""Masks of photographs: `Predictor` converts between a photograph's pixels and a model's, for every model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from utils.dataset import ClassTable
+from utils.distributed import all_gather_objects, rank, world_size
+from utils.files import InputError, atomic_path
+from utils.helper import class_table_of
+from utils.image import find_pictures, load_picture, rescale_point, resize_image, to_rgb
+from utils.loader import prepare_batch
+from utils.metric import logits_to_classes
+
+
+def resize_logits(logits: Tensor, size: Sequence[int]) -> Tensor:
+    """Logits (B, C, h, w) at `size` (H, W), bilinear, float32."""
+    return F.interpolate(logits.float(), tuple(size), mode="bilinear", align_corners=False)
+
+
+class Prediction(NamedTuple):
+    """At the photograph's own size: classes (H, W) uint8, and probabilities (C, H, W) float32 that sum to 1."""
+
+    mask: np.ndarray
+    probabilities: np.ndarray
+
+
+class Predictor:
+    """Predicts masks of photographs with a model and its checkpoint (`models.load_model`), on the model's device.
+
+    `set_image` once per photograph, then `predict`, for a model that is prompted by clicks as often as needed: the
+    photograph is encoded once. Points are (x, y) in pixels of the photograph, origin top left.
+    """
+
+    def __init__(self, model: nn.Module, checkpoint: dict[str, Any]):
+        self.model = model
+        self.class_table: ClassTable = class_table_of(checkpoint)
+        self.image_size: int = checkpoint["config"]["image_size"]
+        self.device = next(model.parameters()).device
+        self.prompted = hasattr(model, "decode")
+        self.picture: Image.Image | None = None
+
+    @torch.inference_mode()
+    def set_image(self, picture: Image.Image | np.ndarray | str | Path) -> None:
+        """Set the photograph: a picture, an array (H, W, 3) uint8 RGB, or a file, which is rotated upright as its EXIF
+        orientation says."""
+        if isinstance(picture, str | Path):
+            picture = load_picture(Path(picture), upright=True)
+        elif isinstance(picture, np.ndarray):
+            picture = Image.fromarray(picture)
+        self.picture = to_rgb(picture)
+        image = torch.from_numpy(resize_image(self.picture, self.image_size)).permute(2, 0, 1)[None]  # (1, 3, S, S)
+        self._image = prepare_batch({"image": image}, self.device)["image"]
+        self._features = self.model.encode(self._image) if self.prompted else None
+
+    @torch.inference_mode()
+    def predict(
+        self, points: Sequence[Sequence[float]] | None = None, positive: Sequence[bool] | None = None
+    ) -> Prediction:
+        """The mask of the photograph; for a prompted model the object under the clicks `points` (N, 2).
+
+        `positive` (N,) says whether each click is on the object (default: all are). Today's models take one positive
+        click and at most one negative click. InputError for a point outside the photograph, for clicks on a model that
+        is not prompted, or the other way round.
+        """
+        if self.picture is None:
+            raise InputError("set_image comes before predict")
+        if self.prompted:
+            logits = self._decode(points or (), positive)
+        elif points:
+            raise InputError("this model is not prompted by clicks: leave the points out")
+        else:
+            logits = self.model(self._image)
+        logits = resize_logits(logits, (self.picture.height, self.picture.width))
+        # With a single logit z, softmax over (0, z) gives the probabilities of ground and object.
+        both = logits if logits.shape[1] > 1 else torch.cat([torch.zeros_like(logits), logits], dim=1)
+        mask = logits_to_classes(logits)[0].to(torch.uint8)
+        return Prediction(mask.cpu().numpy(), both.softmax(dim=1)[0].cpu().numpy())
+
+    def _decode(self, points: Sequence[Sequence[float]], positive: Sequence[bool] | None) -> Tensor:
+        width, height = self.picture.size
+        for x, y in points:
+            if not (0 <= x <= width - 1 and 0 <= y <= height - 1):
+                raise InputError(
+                    f"the point ({x:g}, {y:g}) is not in the photograph, which has {width}x{height} pixels"
+                )
+        sides = [True] * len(points) if positive is None else list(positive)
+        if len(sides) != len(points) or sides.count(True) != 1 or sides.count(False) > 1:
+            raise InputError(
+                f"this model needs one positive click and takes at most one negative click, got {len(points)} points "
+                f"with positive={sides}"
+            )
+        size = (self.image_size, self.image_size)
+        scaled = [rescale_point(x, y, self.picture.size, size) for x, y in points]
+        clicks = {side: torch.tensor([point], device=self.device) for side, point in zip(sides, scaled)}
+        return self.model.decode(self._features, clicks[True], size, clicks.get(False))
+
+
+def save_mask(path: Path, classes: np.ndarray, class_table: ClassTable) -> None:
+    """Write classes (H, W) uint8 as an indexed picture with the palette of the class table, atomically."""
+    with atomic_path(path) as temporary:
+        class_table.encode_label(classes).save(temporary, "PNG", compress_level=1)
+
+
+def predict_photographs(
+    predictor: Predictor, paths: Sequence[Path], out: Path, point: tuple[float, float] | None = None
+) -> str:
+    """Write NAME_mask.png (indexed) and NAME_overlay.jpg of photographs, files or folders, to `out`; returns a summary.
+
+    Photographs are rotated upright as their EXIF orientation says; ranks share them. A prompted model gets the same
+    click `point` (x, y) on each. Photographs that cannot be read are named in an InputError after the others are done.
+    """
+    if predictor.prompted != (point is not None):
+        raise InputError(
+            "this model is prompted by a click: give one as --point X,Y"
+            if predictor.prompted
+            else "--point: this model is not prompted by clicks, leave it out"
+        )
+    pictures = [path for path in find_pictures(paths) if out.resolve() not in path.resolve().parents]
+    if not pictures:
+        raise InputError(f"the pictures are in {out}, where the masks would be written; choose another --out")
+    problems: list[str] = []
+    share = list(zip(pictures, distinct_stems(pictures)))[rank() :: world_size()]
+    for path, stem in tqdm(share, desc="segment", unit="image", leave=False, disable=rank() != 0):
+        try:
+            predictor.set_image(path)
+            mask = predictor.predict([point] if point else None).mask
+        except InputError as error:
+            problems.append(str(error) if str(path) in str(error) else f"{path}: {error}")
+            continue
+        save_mask(out / f"{stem}_mask.png", mask, predictor.class_table)
+        with atomic_path(out / f"{stem}_overlay.jpg") as temporary:
+            overlaid = predictor.class_table.overlay(np.asarray(predictor.picture), mask)
+            Image.fromarray(overlaid).save(temporary, "JPEG", quality=92)
+    problems = all_gather_objects(problems)
+    summary = f"{len(pictures) - len(problems)} pictures segmented: {out}"
+    if problems:
+        raise InputError(f"{summary}\ncould not be segmented:\n  " + "\n  ".join(problems))
+    return summary
+
+
+def distinct_stems(paths: Sequence[Path]) -> list[str]:
+    """The stem of each path, with a number appended if an earlier path has the same: cat.jpg, cat.png -> cat, cat-2."""
+    taken: set[str] = set()
+    stems = []
+    for path in paths:
+        stem, copy = path.stem, 1
+        while stem in taken:
+            copy += 1
+            stem = f"{path.stem}-{copy}"
+        taken.add(stem)
+        stems.append(stem)
+    return stems

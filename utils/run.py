@@ -1,0 +1,226 @@
+"""A run is a folder: start it, lock it, resume it, save every epoch into it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import nn
+
+from utils.config import TrainConfig, as_plain_dict
+from utils.dataset import ClassTable
+from utils.distributed import init_distributed
+from utils.figures import class_styles, save_figure
+from utils.files import InputError, acquire_lock, read_json, remove_leftovers, write_json
+from utils.helper import describe_environment, load_checkpoint, load_model_state, model_state, save_checkpoint
+from utils.train import EarlyStopping, TrainingLog
+
+log = logging.getLogger(__name__)
+
+LOCK_SECONDS = 10  # loader workers of a killed process need a moment to exit and release its lock
+
+
+def start_run(config: TrainConfig, model_name: str) -> Run:
+    """Join the other processes, pick device and precision, seed everything. Call it before the model is built.
+
+    InputError when `config.out` holds another run and `config.resume` is not set. Nothing is written before `fit`.
+    """
+    device = init_distributed(config.device)
+    refuse_another_run(config)
+    precision = config.precision
+    if precision == "auto":
+        precision = "fp32"
+        if device.type == "cuda":
+            precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if precision == "fp16" and device.type == "cpu":
+        raise InputError("--precision fp16 needs a GPU; on the CPU use bf16 or fp32")
+    seed_everything(config.seed)
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision={"fp32": "no"}.get(precision, precision))
+    return Run(config, model_name, accelerator)
+
+
+def refuse_another_run(config: TrainConfig) -> None:
+    """InputError when `config.out` holds a run that is not to be resumed."""
+    found = [name for name in ("config.json", "last.pt", "best.pt", "log.csv") if (config.out / name).exists()]
+    if found and not config.resume:
+        raise InputError(
+            f"{config.out} holds another run ({', '.join(found)}): continue it with --resume, or choose another --out"
+        )
+
+
+class Run:
+    """The folder of one training, `config.out`: config.json, split.json, log.csv, TensorBoard events, curves.png,
+    last.pt and best.pt.
+
+    `fit` opens it, saves each epoch and closes it. Rank 0 alone writes. `epoch` is the last epoch that was saved.
+    """
+
+    def __init__(self, config: TrainConfig, model_name: str, accelerator: Accelerator):
+        self.config = config
+        self.model_name = model_name
+        self.accelerator = accelerator
+        self.folder = config.out
+        self.device = accelerator.device
+        self.is_main = accelerator.is_main_process
+        self.epoch = 0
+        self.best_loss = math.inf
+        self.log: TrainingLog | None = None
+
+    def open(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        stopping: EarlyStopping,
+        *,
+        model_args: dict[str, Any],
+        class_table: ClassTable,
+        split: dict[str, list[str]],
+    ) -> None:
+        """Lock the folder, and restore model, optimizer, early stopping and random state if the run is resumed.
+
+        InputError when another process trains into the folder, or it was started with other images or another model.
+        """
+        self.model, self.optimizer, self.stopping = model, optimizer, stopping
+        self.model_args, self.class_table = model_args, class_table
+        if self.is_main:
+            busy = f"{self.folder}: another process is training into this folder; wait for it, or choose another --out"
+            self.lock = acquire_lock(self.folder / ".lock", timeout=LOCK_SECONDS, busy=busy)
+            refuse_another_run(self.config)  # it may have been started in the meantime
+        last = self._load_last(split) if self.config.resume else None
+        if last is not None:
+            self._restore(last)
+        if self.is_main:
+            remove_leftovers(self.folder)
+            environment = describe_environment(self.device) | {"processes": self.accelerator.num_processes}
+            details = {"model_args": model_args, "class_table": class_table.as_plain_dict(), "environment": environment}
+            write_json(self.folder / "config.json", as_plain_dict(self.config) | details)
+            write_json(self.folder / "split.json", split)
+            self.log = TrainingLog(self.folder, last["log"] if last else ())
+            if last is None:
+                self._save_last({})  # an interruption in the first epoch leaves a run that can be resumed, too
+
+    def _load_last(self, split: dict[str, list[str]]) -> dict[str, Any] | None:
+        """The content of last.pt; None when the run was killed before it was written."""
+        saved_split, path = self.folder / "split.json", self.folder / "last.pt"
+        if saved_split.exists() and read_json(saved_split) != split:
+            raise InputError(
+                f"--resume: the images of {self.config.data} are not the images that {self.folder} was started with"
+            )
+        if not path.exists():
+            return None
+        last = load_checkpoint(path, self.model_name)
+        if "optimizer" not in last:
+            raise InputError(f"{path} cannot be resumed: it has no optimizer (is it a copy of best.pt?)")
+        if last["model_args"] != self.model_args:
+            raise InputError(f"--resume: {path} holds {last['model_args']}, expected {self.model_args}")
+        return last
+
+    def _restore(self, last: dict[str, Any]) -> None:
+        load_model_state(self.model, last["model"])
+        self.optimizer.load_state_dict(last["optimizer"])
+        self.stopping.load_state_dict(last["stopping"])
+        set_random_state(last["random_state"])
+        if self.accelerator.scaler is not None and last["scaler"]:
+            self.accelerator.scaler.load_state_dict(last["scaler"])
+        self.epoch, self.best_loss = last["epoch"], last["best_loss"]
+        log.info("%s: continuing after epoch %d", self.folder, self.epoch)
+
+    def save(self, row: dict[str, float], scores: dict[str, Any]) -> None:
+        """Save an epoch: its `row` of the log, last.pt, and best.pt if its validation loss is the lowest so far."""
+        self.epoch = row["epoch"]
+        if not self.is_main:
+            return
+        scores = {"val_loss": row["val_loss"], **scores}
+        if row["val_loss"] < self.best_loss:
+            self.best_loss = row["val_loss"]
+            save_checkpoint(self.folder / "best.pt", self._checkpoint(scores))
+        self.log.add(row)
+        self._save_last(scores)
+        miou = row.get("val_iou_mean")
+        log.info(
+            f"{self.folder.name}: epoch {self.epoch}/{self.config.epochs}  train loss {row['train_loss']:.4f}  "
+            f"val loss {row['val_loss']:.4f}{'' if miou is None else f'  val mIoU {miou:.3f}'}  "
+            f"{row['images_per_second']:.1f} images/s"
+        )
+
+    def _checkpoint(self, scores: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "model_name": self.model_name,
+            "model": model_state(self.model),
+            "model_args": self.model_args,
+            "class_table": self.class_table.as_plain_dict(),
+            "config": as_plain_dict(self.config),
+            "epoch": self.epoch,
+            "scores": scores,
+        }
+
+    def _save_last(self, scores: dict[str, Any]) -> None:
+        scaler = self.accelerator.scaler
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "stopping": self.stopping.state_dict(),
+            "random_state": random_state(),
+            "scaler": scaler.state_dict() if scaler else {},
+            "log": self.log.rows,
+            "best_loss": self.best_loss,
+        }
+        save_checkpoint(self.folder / "last.pt", self._checkpoint(scores) | state)
+
+    def close(self) -> None:
+        """Close the log, draw curves.png, release the lock."""
+        if self.log is None:
+            return
+        self.log.close()
+        if self.log.rows:
+            save_figure(plot_curves(self.log.rows, self.class_table), self.folder / "curves.png")
+        self.lock.release()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and PyTorch (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def random_state() -> dict[str, Any]:
+    """The state of PyTorch's random generators, for a checkpoint."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Undo `random_state`. The state of a GPU that this machine does not have is ignored."""
+    torch.set_rng_state(state["cpu"])
+    for index, cuda_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(cuda_state, index)
+
+
+def plot_curves(rows: Sequence[dict[str, float]], class_table: ClassTable) -> Figure:
+    """Losses over the epochs and, if the rows have them, the IoU per class on the validation images."""
+    scored = "val_iou_mean" in rows[0]
+    figure = Figure(figsize=(10 if scored else 5, 3.6), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(1, 1 + scored))
+    epochs = [row["epoch"] for row in rows]
+    axes[0].plot(epochs, [row["train_loss"] for row in rows], label="training", color="#0072b2")
+    axes[0].plot(epochs, [row["val_loss"] for row in rows], label="validation", color="#d55e00", linestyle="--")
+    best = min(rows, key=lambda row: row["val_loss"])
+    axes[0].plot(best["epoch"], best["val_loss"], "o", color="#d55e00", label=f"best.pt (epoch {best['epoch']})")
+    axes[0].set(xlabel="epoch", ylabel="loss")
+    if scored:
+        for name, (color, style) in class_styles(class_table).items():
+            values = [np.nan if row[f"val_iou_{name}"] is None else row[f"val_iou_{name}"] for row in rows]
+            axes[1].plot(epochs, values, label=name, color=color, linestyle=style)
+        axes[1].set(xlabel="epoch", ylabel="IoU on validation images", ylim=(0, 1))
+    for axis in axes:
+        axis.legend(frameon=False, fontsize=8)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.grid(alpha=0.25)
+    return figure
