@@ -1,7 +1,5 @@
 """All models by name, and `load_model` for any checkpoint."""
 
-from __future__ import annotations
-
 import importlib
 import inspect
 from dataclasses import dataclass

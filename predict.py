@@ -4,8 +4,6 @@ Masks for photographs, at their own size, by any trained model: NAME_mask.png (c
 A model that is prompted by a click takes it as --point X,Y.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal

@@ -3,30 +3,24 @@
 Images are (B, 3, H, W) in [0, 1], H and W at least 11 (the window of SSIM).
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import Dataset
 from torchmetrics.functional.image import structural_similarity_index_measure
 from tqdm import tqdm
 
-from autoencoder.model import LEVELS, Autoencoder, AutoencoderSegmenter
-from utils.config import TestConfig
-from utils.distributed import all_reduce_sum, gather_in_dataset_order, rank, world_size
-from utils.evaluation import pick_examples, prepare_results_folder
+from autoencoder.model import LEVELS, Autoencoder
+from utils.distributed import all_reduce_sum, rank, world_size
+from utils.evaluation import ModelTest, pick_examples, score
 from utils.figures import plot_pictures, save_figure
 from utils.files import InputError, write_json
 from utils.helper import restore_model
 from utils.loader import EpochBatchSampler, make_loader, prepare_batch
-from utils.loss import WeightedLoss
 
 log = logging.getLogger(__name__)
 
@@ -62,13 +56,6 @@ def edge_loss(prediction: Tensor, target: Tensor) -> Tensor:
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": F.mse_loss, "ssim": ssim_loss, "edge": edge_loss}
 
 
-class ReconstructionLoss(WeightedLoss):
-    """The loss of `--reconstruction-loss`: one of LOSSES, or a weighted sum such as "mse+0.5*ssim"."""
-
-    def __init__(self, text: str):
-        super().__init__(text, LOSSES)
-
-
 def trivial_reconstructions(image: Tensor, mean_image: Tensor, factor: int) -> dict[str, Tensor]:
     """Reconstructions without learning: a mean image, each image's mean color, each image at 1/factor and back."""
     small = [max(1, edge // factor) for edge in image.shape[-2:]]
@@ -82,59 +69,64 @@ def trivial_reconstructions(image: Tensor, mean_image: Tensor, factor: int) -> d
     }
 
 
-def find_autoencoder(
-    segmenter: AutoencoderSegmenter, checkpoint: dict[str, Any], path: Path, given: Path | None
-) -> tuple[Autoencoder | None, Path]:
-    """The autoencoder of the first stage, which has the decoder, and its checkpoint: `given`, or else where the
-    training of the checkpoint `path` had it.
+def score_both(test: ModelTest) -> str:
+    """Score the segmentation, and the reconstruction if the first stage's checkpoint is there; returns both as text."""
+    autoencoder, path = find_autoencoder(test)
+    text = score(test)
+    return text if autoencoder is None else f"{score_reconstruction(autoencoder, path, test)}\n{text}"
+
+
+def find_autoencoder(test: ModelTest) -> tuple[Autoencoder | None, Path]:
+    """The autoencoder of the first stage, which has the decoder, and its checkpoint: the file of `--reconstruction`, or
+    else the one that the training used.
 
     None, with a warning, when the encoder was never trained or the file is missing. InputError when it holds another
-    encoder than the segmenter.
+    encoder than the tested model.
     """
-    encoder = checkpoint["config"]["encoder"]
-    own = path.absolute().parent.parent / "reconstruction" / "best.pt"
-    first = given or (Path(encoder) if encoder else own)
-    if encoder == "random" or (given is None and not first.exists()):
-        reason = "the encoder was never trained" if encoder == "random" else f"{first} is missing"
+    given, encoder = test.config.reconstruction, test.checkpoint["config"]["encoder"]
+    own = test.config.checkpoint.absolute().parent.parent / "reconstruction" / "best.pt"
+    path = given or (Path(encoder) if encoder else own)
+    if encoder == "random" or (given is None and not path.exists()):
+        reason = "the encoder was never trained" if encoder == "random" else f"{path} is missing"
         log.warning("the reconstruction is not scored: %s", reason)
-        return None, first
-    device = next(segmenter.parameters()).device
-    autoencoder, _ = restore_model(first, Autoencoder, "autoencoder/reconstruction", device)
+        return None, path
+    autoencoder, _ = restore_model(path, Autoencoder, "autoencoder/reconstruction", test.device)
     state = autoencoder.encoder.state_dict()
-    if any(not value.equal(state[key]) for key, value in segmenter.encoder.state_dict().items()):
-        raise InputError(f"{first} holds another encoder than {path}: give the right file as --reconstruction")
-    return autoencoder, first
+    if any(not value.equal(state[key]) for key, value in test.model.encoder.state_dict().items()):
+        hint = "give the right file as --reconstruction"
+        raise InputError(f"{path} holds another encoder than {test.config.checkpoint}: {hint}")
+    return autoencoder, path
 
 
 @torch.inference_mode()
-def score_reconstruction(
-    model: nn.Module, test_set: Dataset, config: TestConfig, device: torch.device, *, details: dict[str, Any]
-) -> str:
-    """PSNR and SSIM of a model's reconstructions, means over the images, beside the trivial ones; returns them as text.
+def score_reconstruction(model: nn.Module, path: Path, test: ModelTest) -> str:
+    """PSNR and SSIM of the reconstructions of `model`, whose checkpoint is `path`: means over the images, beside the
+    trivial reconstructions; returns them as text.
 
-    Writes reconstruction.json (with `details`) and reconstructions.png (best, median and worst by PSNR). The mean image
-    is that of the scored images: about the best that one picture for all of them can reach.
+    Writes reconstruction.json and reconstructions.png (best, median and worst by PSNR). The mean image is that of the
+    scored images: about the best that one picture for all of them can reach.
     """
-    out = prepare_results_folder(config)
+    test_set, config, device, out = test.test_set, test.config, test.device, test.config.results
     sampler = EpochBatchSampler(len(test_set), config.batch_size * world_size(), shuffle=False)
     loader = make_loader(test_set, sampler, config.workers)
     total = sum(batch["image"].sum(dim=0, dtype=torch.int64) for batch in loader)
     mean_image = all_reduce_sum(total.to(device)) / (255 * len(test_set))
-    values: dict[str, list[list[float]]] = {}
+    index_of, scores = {name: index for index, name in enumerate(test_set.names)}, {}
     for batch in tqdm(loader, desc="reconstruct", leave=False, disable=rank() != 0):
-        image = prepare_batch(batch, device)["image"]
+        image, indices = prepare_batch(batch, device)["image"], [index_of[name] for name in batch["name"]]
         predictions = {"autoencoder": model(image), **trivial_reconstructions(image, mean_image, 2**LEVELS)}
         for name, prediction in predictions.items():
-            scores = torch.stack([psnr(prediction, image), ssim(prediction, image)], dim=1)
-            values.setdefault(name, []).extend(scores.tolist())
-    scores = {name: torch.tensor(gather_in_dataset_order(loader, pairs)) for name, pairs in values.items()}  # (N, 2)
+            table = scores.setdefault(name, torch.zeros(len(test_set), 2, device=device))
+            table[indices] = torch.stack([psnr(prediction, image), ssim(prediction, image)], dim=1)
+    scores = {name: all_reduce_sum(table).cpu() for name, table in scores.items()}  # PSNR and SSIM of each image (N, 2)
     if rank() != 0:
         return ""
 
     means = {name: dict(zip(("psnr", "ssim"), part.mean(dim=0).tolist())) for name, part in scores.items()}
     height, width = mean_image.shape[-2:]
     write_json(
-        out / "reconstruction.json", {"images": len(test_set), "size": [height, width], "mean": means, **details}
+        out / "reconstruction.json",
+        {"images": len(test_set), "size": [height, width], "mean": means, "checkpoint": str(path)},
     )
     rows = []
     own = scores["autoencoder"][:, 0].tolist()

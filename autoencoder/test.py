@@ -4,8 +4,6 @@ Score a trained autoencoder's segmentation and its reconstruction, or segment ph
 python autoencoder/test.py --images PATH ...
 """
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,23 +30,11 @@ def main() -> None:
 
     # Heavy imports come after parsing, so that --help answers immediately.
     from autoencoder.model import build_segmenter
-    from autoencoder.reconstruction import find_autoencoder, score_reconstruction
+    from autoencoder.reconstruction import score_both
     from dataset.pet import make_test_set
-    from utils.distributed import init_distributed, print_once
-    from utils.evaluation import score
-    from utils.helper import restore_model
-    from utils.predictor import Predictor, predict_photographs
+    from utils.evaluation import run_test
 
-    device = init_distributed(config.device)
-    segmenter, checkpoint = restore_model(config.checkpoint, build_segmenter, "autoencoder", device)
-    if config.images:
-        print_once(predict_photographs(Predictor(segmenter, checkpoint), config.images, config.results))
-        return
-    test_set = make_test_set(config, checkpoint["config"]["image_size"])
-    autoencoder, path = find_autoencoder(segmenter, checkpoint, config.checkpoint, config.reconstruction)
-    if autoencoder is not None:
-        print_once(score_reconstruction(autoencoder, test_set, config, device, details={"checkpoint": str(path)}))
-    print_once(score(segmenter, checkpoint, test_set, config, device))
+    run_test(config, build_segmenter, "autoencoder", make_test_set, scoring=score_both)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,6 @@ Learn features by reconstruction, then train a segmentation head on the frozen e
 has its own run folder, OUT/reconstruction and OUT/segmentation.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 from dataclasses import dataclass
@@ -53,13 +51,13 @@ def main() -> None:
 
     # Heavy imports come after parsing, so that --help answers immediately.
     from autoencoder.model import Autoencoder, AutoencoderSegmenter, Encoder
-    from autoencoder.reconstruction import ReconstructionLoss
+    from autoencoder.reconstruction import LOSSES
     from dataset.pet import make_train_sets
-    from utils.loss import SegmentationLoss
+    from utils.loss import SegmentationLoss, WeightedLoss
     from utils.run import refuse_another_run, start_run
     from utils.train import StepOutput, fit
 
-    reconstruction_criterion = ReconstructionLoss(config.reconstruction_loss)
+    reconstruction_criterion = WeightedLoss(config.reconstruction_loss, LOSSES)
     criterion = SegmentationLoss(config.loss, config.boundary)
 
     def reconstruct(model, batch):

@@ -1,138 +1,60 @@
-"""The loader, beside the plain way: decode the JPEG, resize, augment with albumentations' default ElasticTransform."""
+"""Training samples per second: from the cache, and the plain way (decode, resize, albumentations' defaults)."""
 
-from __future__ import annotations
-
-import itertools
-from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import albumentations as A
 import numpy as np
-import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.timing import in_turn, spread, timed
+from benchmarks.timing import compare
 from dataset.augmentation import augment, train_transform
-from dataset.pet import Cache, EpochBatches, PetDataset, Record, find_records, make_loader
+from dataset.pet import PetDataset, find_records
+from utils.loader import EpochBatchSampler, make_loader
 
-SIZE, BATCH = 256, 16
-WARM_UP, SAMPLES = 32, 256
-CORES = 16  # of the machine that the figures are projected to
-
-
-def plain_transform() -> A.Compose:
-    return A.Compose(
-        [A.HorizontalFlip(p=0.5), A.Rotate(limit=15, p=0.5), A.ElasticTransform(p=0.5), A.ColorJitter(p=0.5)]
-    )
+SIZE, SAMPLES = 256, 256
 
 
-def plain_load(record: Record) -> tuple[np.ndarray, np.ndarray]:
-    image = np.array(Image.open(record.image).convert("RGB").resize((SIZE, SIZE)))
-    return image, np.array(Image.open(record.label).resize((SIZE, SIZE), Image.Resampling.NEAREST))
+class Decoder(list):
+    """Records in place of the cache: a photograph and its label are decoded and resized each time."""
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        record = super().__getitem__(index)
+        image = Image.open(record.image).convert("RGB").resize((SIZE, SIZE))
+        label = Image.open(record.label).resize((SIZE, SIZE), Image.Resampling.NEAREST)
+        return np.array(image), np.array(label)
 
 
-def to_tensors(image: np.ndarray, mask: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.from_numpy(image.transpose(2, 0, 1).copy()), torch.from_numpy(np.ascontiguousarray(mask))
+def epoch(dataset: PetDataset, workers: int) -> partial:
+    return partial(list, make_loader(dataset, EpochBatchSampler(SAMPLES, 16, shuffle=False), workers))
 
 
-class Plain(Dataset):
-    """Everything anew in every epoch."""
-
-    def __init__(self, records: Sequence[Record]):
-        self.records = records
-        self.transform = plain_transform()
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, sample: int) -> tuple[torch.Tensor, torch.Tensor]:
-        image, mask = plain_load(self.records[sample])
-        varied = self.transform(image=image, mask=mask)
-        return to_tensors(varied["image"], varied["mask"])
-
-
-def bench_loader(base: Path, repeats: int) -> dict:
-    """Augmented 256x256 training samples per second: from the cache, with the cache made first, and the plain way."""
-    records = find_records(base, "TrainVal")
-    many = list(itertools.islice(itertools.cycle(records), WARM_UP + SAMPLES))
-    indices = list(itertools.islice(itertools.cycle(range(len(records))), WARM_UP + SAMPLES))
-
-    def samples_per_second(loader: DataLoader) -> float:
-        """After the first batches, which wait for the workers to start."""
-        batches = iter(loader)
-        for _ in range(WARM_UP // BATCH):
-            next(batches)
-        return SAMPLES / timed(lambda: list(batches))
-
-    cache = Cache(records, SIZE)
-    warm = PetDataset(records, SIZE, cache=cache, indices=indices, transform=train_transform())
-    figures: dict[str, dict] = {}
-    for workers in (0, 1, 2):
-        rates: dict[str, list[float]] = {"cached": [], "plain": []}
-        for _ in range(repeats):
-            batches = EpochBatches(len(warm), BATCH, shuffle=False)
-            rates["cached"].append(samples_per_second(make_loader(warm, batches, workers)))
-            rates["plain"].append(samples_per_second(DataLoader(Plain(many), BATCH, num_workers=workers)))
-        figures[f"{workers}_workers"] = {
-            **{f"{kind}_samples_per_second": spread(values, 1) for kind, values in rates.items()},
-            "ratio": spread([fast / plain for fast, plain in zip(rates["cached"], rates["plain"])], 2),
-        }
+def measure(base: Path, repeats: int) -> dict:
+    records = (SAMPLES * find_records(base, "TrainVal"))[:SAMPLES]  # repeated, if there are fewer
+    defaults = A.Compose([A.HorizontalFlip(), A.Rotate(limit=15), A.ElasticTransform(), A.ColorJitter()])
+    plain = PetDataset(records, SIZE, cache=Decoder(records), transform=defaults)
+    cached = PetDataset(records, SIZE, transform=train_transform())
 
     def first_epoch() -> None:
-        cache.path.unlink()
-        fresh = PetDataset(records, SIZE, transform=train_transform())
-        list(make_loader(fresh, EpochBatches(len(fresh), BATCH, shuffle=False), 1))
+        cached.cache.path.unlink()
+        epoch(PetDataset(records, SIZE, transform=train_transform()), 1)()
 
-    seconds = in_turn(
-        repeats, first_epoch=first_epoch, plain_epoch=lambda: list(DataLoader(Plain(records), BATCH, num_workers=1))
-    )
-    rate = figures["1_workers"]["cached_samples_per_second"]["median"]
-    return {
-        **figures,
-        "cold_cache": {
-            **{f"{key}_samples_per_second": spread([len(records) / s for s in v], 1) for key, v in seconds.items()},
-            "ratio": spread([plain / ours for ours, plain in zip(*seconds.values())], 2),
-        },
-        "projected_samples_per_second": {"cores": CORES, "from_one_worker": CORES * rate},
-    }
+    epochs = {"cold_cache": {"plain": lambda: epoch(plain, 1)(), "first_epoch": first_epoch}}
+    for workers in (0, 1, 2):  # they start in the warm-up
+        epochs[f"{workers}_workers"] = {"plain": epoch(plain, workers), "cached": epoch(cached, workers)}
+    figures = {name: compare(repeats, variants, SAMPLES, rate=True) for name, variants in epochs.items()}
+    return figures | {"plain_parts": measure_parts(plain, repeats), "cached_parts": measure_parts(cached, repeats)}
 
 
-def bench_parts(base: Path, repeats: int) -> dict:
-    """Milliseconds of each part of a sample, in this process: before is the plain way, after is ours.
+def measure_parts(dataset: PetDataset, repeats: int) -> dict:
+    """Seconds of each part of a sample, without workers. Each transform is called alone, with probability 1/2."""
+    samples = range(SAMPLES // 4)
+    pairs = [dataset.cache[sample] for sample in samples]
 
-    Each transform in a pipeline of its own, so that their sum is more than the whole takes.
-    """
-    records = find_records(base, "TrainVal")[:64]
-    cache = Cache(records, SIZE)
-    pairs = [cache[index] for index in range(len(records))]
-    positions = range(len(records))
+    def transform_all(pipeline: A.Compose) -> None:
+        for sample in samples:
+            augment(pipeline, *pairs[sample], (0, 0, sample))
 
-    def apply(transform: A.BasicTransform) -> Callable[[], None]:
-        pipeline = A.Compose([transform])
-
-        def run() -> None:
-            for index in positions:
-                augment(pipeline, *pairs[index], (0, 1, index))
-
-        return run
-
-    def each(work: Callable[[int], object]) -> Callable[[], object]:
-        return lambda: [work(index) for index in positions]
-
-    works = {
-        "before/read, decode, resize": each(lambda index: plain_load(records[index])),
-        "after/read from the cache": each(lambda index: cache[index]),
-    }
-    for when, transforms in (("before", plain_transform()), ("after", train_transform())):
-        works |= {f"{when}/{type(one).__name__}": apply(one) for one in transforms.transforms}
-        works[f"{when}/to tensors"] = each(lambda index: to_tensors(*pairs[index]))
-    plain = Plain(records)
-    ours = PetDataset(records, SIZE, cache=cache, transform=train_transform())
-    works["before/whole sample"] = each(lambda index: plain[index])
-    works["after/whole sample"] = each(lambda index: ours[(1, index)])
-    figures: dict[str, dict] = {"before": {}, "after": {}}
-    for name, seconds in in_turn(repeats, **works).items():
-        when, part = name.split("/")
-        figures[when][part] = spread([1000 * value / len(records) for value in seconds], 2)
-    return figures
+    parts = {"sample": lambda: [dataset[i] for i in samples], "read": lambda: [dataset.cache[i] for i in samples]}
+    parts |= {type(one).__name__: partial(transform_all, A.Compose([one])) for one in dataset.transform.transforms}
+    return compare(repeats, parts, len(samples))

@@ -1,7 +1,5 @@
 """The flags of every model on CLIP, and its default weights."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from utils.config import TestConfig, TrainConfig, flag

@@ -45,10 +45,9 @@ class ClipEncoder(nn.Module):
         self.frozen = frozen
         patch = vision.config.patch_size
         if self.image_size % patch:
-            raise InputError(
-                f"--clip-image-size {self.image_size} is not a multiple of the patch size of {patch} pixels: "
-                f"use {max(1, round(self.image_size / patch)) * patch}"
-            )
+            hint = f"use {max(1, round(self.image_size / patch)) * patch}"
+            found = f"--clip-image-size {self.image_size} is not a multiple of the patch size of {patch} pixels"
+            raise InputError(f"{found}: {hint}")
         self.grid = self.image_size // patch
         self.channels = vision.config.hidden_size
         layers = vision.config.num_hidden_layers

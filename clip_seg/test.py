@@ -3,8 +3,6 @@
 Score a model on CLIP features, or segment photographs of your own: python clip_seg/test.py --images PATH ...
 """
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -29,19 +27,9 @@ def main() -> None:
     # Heavy imports come after parsing, so that --help answers immediately.
     from clip_seg.model import build_segmenter
     from dataset.pet import make_test_set
-    from utils.distributed import init_distributed, print_once
-    from utils.evaluation import score
-    from utils.helper import restore_model
-    from utils.predictor import Predictor, predict_photographs
+    from utils.evaluation import run_test
 
-    device = init_distributed(config.device)
-    build = partial(build_segmenter, clip_model=config.clip_model)
-    model, checkpoint = restore_model(config.checkpoint, build, "clip_seg", device)
-    if config.images:
-        print_once(predict_photographs(Predictor(model, checkpoint), config.images, config.results))
-    else:
-        test_set = make_test_set(config, checkpoint["config"]["image_size"])
-        print_once(score(model, checkpoint, test_set, config, device))
+    run_test(config, partial(build_segmenter, clip_model=config.clip_model), "clip_seg", make_test_set)
 
 
 if __name__ == "__main__":

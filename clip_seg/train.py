@@ -3,8 +3,6 @@
 Train a U-Net decoder on CLIP's patch tokens (report section 5).
 """
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """CLIP's weights: load them from the hub or a folder, check that they are complete, verify their hash."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from pathlib import Path

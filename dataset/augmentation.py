@@ -1,7 +1,5 @@
 """The albumentations pipeline that varies training images. Evaluation has none: it takes images as they are."""
 
-from __future__ import annotations
-
 import os
 import random
 from typing import Any
@@ -20,9 +18,8 @@ cv2.setNumThreads(0)  # the loader's workers are the parallelism
 class SmoothElasticTransform(A.ElasticTransform):
     """Elastic deformation (Simard et al. 2003) whose displacements are drawn on a coarse grid and interpolated.
 
-    albumentations draws one displacement per pixel and blurs: with its defaults nothing moves visibly, and at a
-    strength that shows, the blur takes most of the time of a sample. A grid of `cells` x `cells` random displacements,
-    up to `magnitude` of the edge each way, enlarged bicubically, is as smooth and several times faster.
+    albumentations draws one displacement per pixel and blurs, which is slow at a strength that shows. A grid of `cells`
+    x `cells` displacements up to `magnitude` of the edge, enlarged bicubically, is as smooth and several times faster.
     """
 
     def __init__(self, cells: int = 4, magnitude: float = 0.04, **options: Any):
@@ -42,14 +39,13 @@ class SmoothElasticTransform(A.ElasticTransform):
 
 def train_transform() -> A.Compose:
     """Flip, rotation, elastic deformation, color jitter. Corners that the rotation uncovers are 255 in the mask."""
-    return A.Compose(
-        [
-            A.HorizontalFlip(p=0.5),
-            A.Rotate(limit=15, border_mode=cv2.BORDER_CONSTANT, fill=0, fill_mask=IGNORE, p=0.5),
-            SmoothElasticTransform(border_mode=cv2.BORDER_REFLECT_101, p=0.5),
-            A.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.05, p=0.5),
-        ]
-    )
+    transforms = [
+        A.HorizontalFlip(p=0.5),
+        A.Rotate(limit=15, border_mode=cv2.BORDER_CONSTANT, fill=0, fill_mask=IGNORE, p=0.5),
+        SmoothElasticTransform(border_mode=cv2.BORDER_REFLECT_101, p=0.5),
+        A.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.05, p=0.5),
+    ]
+    return A.Compose(transforms)
 
 
 def augment(

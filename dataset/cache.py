@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,7 @@ CACHE_VERSION = 2  # increase when the content of a cache file changes
 
 
 class Cache:
-    """All images and masks of `records` at `size` x `size`, decoded and resized once. `cache[i]` is image (size, size,
-    3) and mask (size, size), uint8.
+    """The images and masks of `records`, resized once: `cache[i]` is image (size, size, 3), mask (size, size), uint8.
 
     The file is in BASE_DIR/cache. Its name holds a hash of everything that determines its content (names, sizes and
     times of the files, the class table, `size`), so changed data or classes make a new file.
@@ -33,7 +33,7 @@ class Cache:
         split_dir = records[0].image.parents[2]
         self.size = size
         self.shape = (len(records), size * size * 4)  # RGB, then the mask
-        states = [(r.name, r.species, *(x for path in (r.image, r.label) for x in _state(path))) for r in records]
+        states = [(r.name, r.species, *_state(r.image), *_state(r.label)) for r in records]
         classes = records[0].class_table.as_plain_dict()
         key = hashlib.sha256(repr((CACHE_VERSION, size, classes, states)).encode()).hexdigest()[:16]
         folder = split_dir.parent / "cache"
@@ -52,8 +52,8 @@ class Cache:
                     if key not in outdated.name:
                         outdated.unlink(missing_ok=True)
         except OSError as error:
-            hint = "Free space or change the permissions."
-            raise InputError(f"cannot write the cache {self.path}: {error}. {hint}") from error
+            problem = f"cannot write the cache {self.path}: {error}"
+            raise InputError(f"{problem}. Free space or change the permissions.") from error
 
     def _is_complete(self) -> bool:
         return self.path.exists() and self.path.stat().st_size == math.prod(self.shape)  # a copy may be cut short
@@ -64,23 +64,16 @@ class Cache:
             return resize_image(image, self.size).tobytes() + resize_mask(record.load_label(), self.size).tobytes()
 
         # Written, not mapped: on a full disk a write raises an error, a write to a mapped page kills the process.
-        with (
-            atomic_path(self.path) as temporary,
-            temporary.open("wb") as file,
-            ThreadPoolExecutor() as pool,
-            tqdm(total=len(records), desc=f"cache {self.size}x{self.size}", unit="image", leave=False) as bar,
-        ):
-            for start in range(0, len(records), 64):  # in chunks, for constant memory
-                for content in pool.map(load, records[start : start + 64]):
-                    file.write(content)
-                    bar.update()
+        with atomic_path(self.path) as temporary, temporary.open("wb") as file, ThreadPoolExecutor() as pool:
+            chunks = (records[start : start + 64] for start in range(0, len(records), 64))  # for constant memory
+            contents = chain.from_iterable(pool.map(load, chunk) for chunk in chunks)
+            file.writelines(tqdm(contents, f"cache {self.size}", len(records), leave=False, unit="image"))
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         if self._pixels is None:  # opened at first use, so that each loader worker maps the file itself
             self._pixels = np.memmap(self.path, np.uint8, "r", shape=self.shape)
-        pixels = np.array(self._pixels[index])
-        area = self.size * self.size
-        return pixels[: 3 * area].reshape(self.size, self.size, 3), pixels[3 * area :].reshape(self.size, self.size)
+        image, mask = np.split(np.array(self._pixels[index]), [3 * self.size**2])
+        return image.reshape(self.size, self.size, 3), mask.reshape(self.size, self.size)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pixels": None}  # a pickled memmap would contain all pixels

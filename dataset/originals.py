@@ -1,7 +1,5 @@
 """The original photographs and labels: download them, recognize their layout, pair photographs with labels."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -53,41 +51,32 @@ def find_originals(base: Path) -> Originals | None:
 
 
 def _find_original(base: Path) -> Originals:
-    annotations = base / "annotations"
-    for name in ANNOTATIONS:
-        if not (annotations / name).exists():
-            raise InputError(
-                f"{annotations / name} is missing: unpack annotations.tar.gz again, "
-                f"or move {annotations} away and run with --download"
-            )
-    lists = {"TrainVal": annotations / "trainval.txt", "Test": annotations / "test.txt"}
-    originals = Originals(base, "original", files=[annotations / "list.txt", *lists.values()])
-    images = _by_stem(originals, base / "images")
-    trimaps = _by_stem(originals, annotations / "trimaps")
-    species = _read_list(originals, annotations / "list.txt")
-    listed = {split: _read_list(originals, path) for split, path in lists.items()}
+    *lists, trimap_folder = (base / "annotations" / name for name in ANNOTATIONS)
+    for path in (*lists, trimap_folder):
+        if not path.exists():
+            hint = f"unpack annotations.tar.gz again, or move {path.parent} away and run with --download"
+            raise InputError(f"{path} is missing: {hint}")
+    originals = Originals(base, "original")
+    species, trainval, test = (_read_list(originals, path) for path in lists)
+    images, trimaps = _by_stem(originals, base / "images"), _by_stem(originals, trimap_folder)
 
-    for split in SPLITS:
-        for name, own_species in listed[split].items():
-            if split == "TrainVal" and name in listed["Test"]:
+    for split, path, names in zip(SPLITS, lists[1:], (trainval, test)):
+        for name, own_species in names.items():
+            if split == "TrainVal" and name in test:
                 reason = "in both lists; kept in Test only, so that Test is never trained on"
-                originals.leave_out(lists[split], reason, entry=f": {name}")
+                originals.leave_out(path, reason, entry=f": {name}")
             elif name not in images:
-                originals.leave_out(lists[split], "no such image", entry=f": {name}")
+                originals.leave_out(path, "no such image", entry=f": {name}")
             elif name not in trimaps:
                 originals.leave_out(images[name], "image without a label")
             else:
-                guess = PETS.value(
-                    "cat" if name[0].isupper() else "dog"
-                )  # breeds of cats are capitalized in these data
-                value = species.get(name) or own_species or guess
+                guess = "cat" if name[0].isupper() else "dog"  # names of cat breeds are capitalized in these data
+                value = species.get(name) or own_species or PETS.value(guess)
                 originals.pairs.append(Pair(name, split, images[name], trimaps[name], value))
-    for name, path in images.items():
-        if not any(name in names for names in listed.values()):
-            originals.leave_out(path, "in no list (trainval.txt, test.txt)")
-    for name, path in trimaps.items():
-        if name not in images:
-            originals.leave_out(path, "label without an image")
+    for name in images.keys() - trainval.keys() - test.keys():
+        originals.leave_out(images[name], "in no list (trainval.txt, test.txt)")
+    for name in trimaps.keys() - images:
+        originals.leave_out(trimaps[name], "label without an image")
     return originals
 
 
@@ -95,8 +84,7 @@ def _find_report(base: Path) -> Originals:
     originals = Originals(base, "report")
     in_test = {path.stem for path in visible_files(base / "Test" / "color")}
     for split in SPLITS:
-        images = _by_stem(originals, base / split / "color")
-        labels = _by_stem(originals, base / split / "label")
+        images, labels = (_by_stem(originals, base / split / kind) for kind in ("color", "label"))
         for name, path in images.items():
             if split == "TrainVal" and name in in_test:
                 reason = "also in Test and kept there only, so that Test is never trained on; rename it if it differs"
@@ -105,9 +93,8 @@ def _find_report(base: Path) -> Originals:
                 originals.pairs.append(Pair(name, split, path, labels[name]))
             else:
                 originals.leave_out(path, "image without a label")
-        for name, path in labels.items():
-            if name not in images:
-                originals.leave_out(path, "label without an image")
+        for name in labels.keys() - images:
+            originals.leave_out(labels[name], "label without an image")
     return originals
 
 
@@ -116,7 +103,7 @@ def _by_stem(originals: Originals, folder: Path) -> dict[str, Path]:
     pictures: dict[str, Path] = {}
     for path in visible_files(folder):
         originals.files.append(path)
-        if not _is_utf8(path.name):
+        if path.name.encode(errors="replace").decode() != path.name:  # Python holds other bytes as lone surrogates
             originals.leave_out(path, "name is not valid UTF-8; rename it")
         elif path.suffix.lower() not in PICTURE_SUFFIXES:
             originals.leave_out(path, f"not a picture by its suffix {path.suffix!r}")
@@ -127,16 +114,9 @@ def _by_stem(originals: Originals, folder: Path) -> dict[str, Path]:
     return pictures
 
 
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:  # Python represents other bytes by lone surrogates
-        return False
-    return True
-
-
 def _read_list(originals: Originals, path: Path) -> dict[str, int | None]:
     """Species by name from lines `NAME CLASS-ID SPECIES BREED-ID`; None if a line holds only the name."""
+    originals.files.append(path)
     names: dict[str, int | None] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), start=1):
         fields = line.split()
@@ -166,18 +146,14 @@ def download(base: Path) -> None:
 
     unfinished = base / ".download"
     unpacked = unfinished / "oxford-iiit-pet"
-    for name in (
-        "images",
-        "annotations",
-    ):  # may be half unpacked; complete archives are kept
+    for name in ("images", "annotations"):  # may be half unpacked; complete archives are kept
         shutil.rmtree(unpacked / name, ignore_errors=True)
     try:
         OxfordIIITPet(str(unfinished), download=True)
     except Exception as error:  # network, server, checksum: torchvision raises many kinds of errors
-        raise InputError(
-            f"the download failed ({error}). Run again to continue, or fetch images.tar.gz and annotations.tar.gz from "
-            f"https://www.robots.ox.ac.uk/~vgg/data/pets/ yourself, unpack both in {base} and run without --download."
-        ) from error
+        hint = "fetch images.tar.gz and annotations.tar.gz from https://www.robots.ox.ac.uk/~vgg/data/pets/ yourself"
+        hint = f"Run again to continue, or {hint}, unpack both in {base} and run without --download."
+        raise InputError(f"the download failed ({error}). {hint}") from error
     for name in ("annotations", "images"):  # images last: only then is the layout complete
         if not (base / name).exists():
             (unpacked / name).replace(base / name)
@@ -186,14 +162,12 @@ def download(base: Path) -> None:
 
 def no_layout(base: Path) -> str:
     """The error text for a folder in neither layout."""
+    expected = "images/ and annotations/ (Oxford-IIIT), or TrainVal/ and Test/ with pictures in color/ and label/"
     found = ", ".join(sorted(path.name for path in base.iterdir())[:8]) or "nothing"
-    return (
-        f"{base} is in neither layout. Expected images/ and annotations/ (Oxford-IIIT), or TrainVal/color, "
-        f"TrainVal/label, Test/color, Test/label with files in them; found: {found}. "
-        "--download fetches the data, --synthetic N draws some."
-    )
+    hint = "--download fetches the data, --synthetic N draws some."
+    return f"{base} is in neither layout. Expected {expected}; found: {found}. {hint}"
 
 
 def relative(path: Path, base: Path) -> str:
-    """The path below `base`, as it stands in reports."""
+    """The path below `base`, as reports name it."""
     return path.relative_to(base).as_posix()

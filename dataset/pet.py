@@ -1,10 +1,8 @@
 """The prepared pets as PyTorch data: records, train/validation split, species balance, data sets."""
 
-from __future__ import annotations
-
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,31 +44,24 @@ class Record:
 def find_records(
     base_dir: Path, split: str, limit: int | None = None, *, class_table: ClassTable = PETS
 ) -> list[Record]:
-    """The pets of a split, sorted by name; with `limit`, that many of them, evenly spaced in that order.
-
-    InputError when `base_dir` is not prepared or was prepared with other classes, or an image has lost its label.
-    """
+    """The pets of a split, sorted by name; with `limit`, that many of them, evenly spaced in that order. InputError
+    when `base_dir` is not prepared, or was prepared with other classes, or an image or label is missing."""
     report = base_dir / "prep_report.json"
     prepare = f"Run: python dataset/dataset_prep.py {base_dir}"
     if not report.is_file():
         raise InputError(f"{base_dir.absolute()} is not prepared. {prepare} (--download fetches the data)")
     prepared = read_json(report)
     classes = prepared.get("classes", list(PETS.names))  # older reports do not name them
-    if classes != list(class_table.names):
-        raise InputError(
-            f"{base_dir} was prepared with the classes {classes}, not {list(class_table.names)}. {prepare}"
-        )
-    counts = prepared["counts"][split]
-    records = []
+    if classes != (expected := list(class_table.names)):
+        raise InputError(f"{base_dir} was prepared with the classes {classes}, not {expected}. {prepare}")
+    records, counts = [], prepared["counts"][split]
     for folder, species in class_table.species.items():
-        images = [path for path in (base_dir / split / "color" / folder).glob("*.jpg") if path.name[0] != "."]
+        color, label_dir = (base_dir / split / kind / folder for kind in ("color", "label"))
+        images = [path for path in color.glob("*.jpg") if path.name[0] != "."]
         if len(images) != counts[folder]:
-            raise InputError(
-                f"{base_dir / split / 'color' / folder} holds {len(images)} images, but {counts[folder]} were "
-                f"prepared. Copy the folder again, or run: python dataset/dataset_prep.py {base_dir}"
-            )
+            raise InputError(f"{color} holds {len(images)} images, but {counts[folder]} were prepared. {prepare}")
         for image in images:
-            label = base_dir / split / "label" / folder / f"{image.stem}.png"
+            label = label_dir / f"{image.stem}.png"
             if not label.is_file():
                 raise InputError(f"{image} has no label {label}. {prepare}")
             records.append(Record(image.stem, species, image, label, class_table))
@@ -87,39 +78,30 @@ def is_synthetic(base_dir: Path) -> bool:
     return bool(read_json(base_dir / "prep_report.json").get("synthetic"))
 
 
+@dataclass(eq=False, repr=False)
 class PetDataset(Dataset):
     """Pets as dicts of `image` (3, size, size) uint8 RGB, `mask` (size, size) uint8 with 255 = ignored, and `name`.
 
-    `indices` selects records, repeats allowed; a sample is a position in `indices`. With `transform` a sample is
-    augmented, depending on (seed, epoch, sample) alone. With `label_size` items also have `label`: the classes at the
-    photograph's own size ("native") or at that many pixels square, for scoring. The random inputs of `perturbations`
-    are added as `noise/NAME`, because computing them in the loader's workers is faster.
-
-    Items are requested by (epoch, sample), or by sample alone for epoch 0.
+    Items are requested by (epoch, sample), or by sample alone for epoch 0; a sample is a position in `indices`, which
+    selects records, repeats allowed. With `transform` a sample is augmented, depending on (seed, epoch, sample) alone.
+    With `label_size` items also have `label`, for scoring: the classes at the photograph's own size ("native") or at
+    that many pixels square. The random inputs of `perturbations` are added as `noise/NAME`.
     """
 
-    def __init__(
-        self,
-        records: Sequence[Record],
-        size: int,
-        *,
-        cache: Cache | None = None,
-        indices: Sequence[int] | None = None,
-        transform: A.Compose | None = None,
-        seed: int = 0,
-        label_size: str | int | None = None,
-        perturbations: Sequence[Perturbation] = (),
-        synthetic: bool = False,
-    ):
-        self.records = records
-        self.size = size
-        self.cache = cache or Cache(records, size)
-        self.indices = range(len(records)) if indices is None else indices
-        self.transform = transform
-        self.seed = seed
-        self.label_size = label_size
-        self.perturbations = perturbations
-        self.synthetic = synthetic
+    records: Sequence[Record]
+    size: int
+    _: KW_ONLY
+    cache: Cache | None = None  # default: a cache of `records`
+    indices: Sequence[int] | None = None  # default: all
+    transform: A.Compose | None = None
+    seed: int = 0
+    label_size: str | int | None = None
+    perturbations: Sequence[Perturbation] = ()
+    synthetic: bool = False
+
+    def __post_init__(self) -> None:
+        self.cache = self.cache or Cache(self.records, self.size)
+        self.indices = range(len(self.records)) if self.indices is None else self.indices
 
     @property
     def class_table(self) -> ClassTable:
@@ -137,37 +119,32 @@ class PetDataset(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         epoch, sample = key if isinstance(key, tuple) else (0, key)
         index = self.indices[sample]
-        image, mask = self.cache[index]
+        record, (image, mask) = self.records[index], self.cache[index]
         if self.transform is not None:
             image, mask = augment(self.transform, image, mask, (self.seed, epoch, sample))
         item = {
             "image": torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),  # (3, size, size)
             "mask": torch.from_numpy(np.ascontiguousarray(mask)),
-            "name": self.records[index].name,
+            "name": record.name,
         }
         if self.label_size is not None:
-            label = self.records[index].load_label()
+            label = record.load_label()
             item["label"] = label if self.label_size == "native" else resize_mask(label, self.label_size)
-        noise = sample_noise(item["name"], self.perturbations, self.size)
+        noise = sample_noise(record.name, self.perturbations, self.size)  # faster in the loader's workers than later
         return item | {f"noise/{name}": values for name, values in noise.items()}
 
 
 def split_records(records: Sequence[Record], val_fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Train and validation indices: drawn by image, stratified by species, at least one of each species on each side.
-
-    InputError when a species has fewer than two images.
-    """
+    """Train and validation indices, stratified by species: at least one image of each species on each side. InputError
+    when a species has fewer than two images."""
     rng = np.random.default_rng(seed)
-    train: list[int] = []
-    val: list[int] = []
+    train, val = [], []
     class_table = records[0].class_table
     for species in class_table.species.values():
         members = [index for index, record in enumerate(records) if record.species == species]
         if len(members) < 2:
-            raise InputError(
-                f"{records[0].image.parents[2]} holds {len(members)} {class_table.names[species]} image(s); training "
-                "needs at least 2 of each species, one of them for validation. Add some, or leave --limit out."
-            )
+            held = f"{records[0].image.parents[2]} holds {len(members)} {class_table.names[species]} image(s)"
+            raise InputError(f"{held}; training needs at least 2 of each species. Add some, or leave --limit out.")
         order = rng.permutation(members).tolist()
         count = min(max(round(val_fraction * len(members)), 1), len(members) - 1)
         val += order[:count]
@@ -179,14 +156,11 @@ def balance(records: Sequence[Record], indices: Sequence[int]) -> list[int]:
     """`indices` with those of rarer species repeated until all species are equally frequent (report section 2)."""
     species = records[0].class_table.species.values()
     groups = [[index for index in indices if records[index].species == value] for value in species]
-    most = max(map(len, groups))
-    return [index for group in groups for index in np.resize(group, most).tolist()]
+    return [index for group in groups for index in np.resize(group, max(map(len, groups))).tolist()]
 
 
 def make_train_sets(
-    config: TrainConfig,
-    train_class: Callable[..., PetDataset] = PetDataset,
-    val_class: Callable[..., PetDataset] = PetDataset,
+    config: TrainConfig, train_class: type[PetDataset] = PetDataset, val_class: type[PetDataset] = PetDataset
 ) -> tuple[PetDataset, PetDataset]:
     """Training set (balanced, augmented) and validation set (neither) of a TrainConfig, split by image."""
     records = find_records(config.data, "TrainVal", config.limit)
@@ -194,16 +168,12 @@ def make_train_sets(
         log.info("%s holds synthetic drawings: scores are not comparable to any benchmark", config.data)
     train, val = split_records(records, config.val_fraction, config.seed)
     size, cache = config.image_size, Cache(records, config.image_size)
-    samples = balance(records, train)
-    return (
-        train_class(records, size, cache=cache, indices=samples, transform=train_transform(), seed=config.seed),
-        val_class(records, size, cache=cache, indices=val),
-    )
+    augmented = {"indices": balance(records, train), "transform": train_transform(), "seed": config.seed}
+    return train_class(records, size, cache=cache, **augmented), val_class(records, size, cache=cache, indices=val)
 
 
 def make_test_set(config: TestConfig, image_size: int) -> PetDataset:
-    """The split of a TestConfig in the order of the names, with labels at the size to score at and the perturbations
-    of `--perturb`."""
+    """The split of a TestConfig, sorted by name, with labels at `--score-size` and the inputs of `--perturb`."""
     return PetDataset(
         find_records(config.data, config.split, config.limit),
         image_size,

@@ -1,7 +1,5 @@
 """Clicks on pets: segment the side of the pet's outline that was clicked (report section 9)."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Sequence
@@ -15,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dataset.pet import PetDataset, Record, find_records
-from utils.dataset import CLICKS, IGNORE, ClassTable, foreground
+from utils.dataset import CLICKS, IGNORE, foreground
 from utils.dataset_prep import heatmap_and_mask, random_pixel
 from utils.files import InputError, atomic_path, read_csv
 from utils.image import picture_size, rescale_point
@@ -34,11 +32,8 @@ class Click(NamedTuple):
 
 
 def read_points(records: Sequence[Record]) -> list[list[Click]]:
-    """The fixed points of each record in pixels of its photograph, from the points.csv of its split.
-
-    A photograph without pet or without background has no point of that kind, which is logged. InputError for a name
-    that is not prepared, a class that is not in the photograph, or a point outside it.
-    """
+    """The fixed points of each record in pixels of its photograph, from the points.csv of its split; a missing point is
+    logged. InputError for a name that is not prepared, a class that the photograph lacks, or a point outside it."""
     path = records[0].image.parents[2] / "points.csv"
     again = f"Run: python dataset/dataset_prep.py {path.parents[1]}"
     if not path.is_file():
@@ -67,8 +62,7 @@ def read_points(records: Sequence[Record]) -> list[list[Click]]:
 
 
 def _read_point(row: dict[str, str], record: Record) -> Click:
-    names = record.class_table.names
-    background, species = names[0], names[record.species]
+    background, species = (record.class_table.names[value] for value in (0, record.species))
     if row["class"] not in (background, species):
         raise InputError(f"class {row['class']!r}, expected {background} or {species}")
     try:
@@ -82,10 +76,8 @@ def _read_point(row: dict[str, str], record: Record) -> Click:
 
 
 def click_target(mask: Tensor, on_pet: Tensor) -> Tensor:
-    """Targets (B, H, W) uint8 of clicks: 1 on the clicked side of the outline, 0 on the other, 255 where `mask` is 255.
-
-    `mask` (B, H, W) holds classes, `on_pet` (B,) whether the click is on the pet.
-    """
+    """Targets (B, H, W) uint8 of clicks on masks (B, H, W) of classes, with `on_pet` (B,) bool: 1 on the clicked side
+    of the outline, 0 on the other, 255 where the mask is 255."""
     target = (foreground(mask) == on_pet[:, None, None]).to(torch.uint8)
     return torch.where(mask == IGNORE, IGNORE, target)
 
@@ -94,13 +86,11 @@ class RandomClickDataset(PetDataset):
     """Pets with two random clicks on every augmented image, one on the pet and one on the background, for training.
 
     Items also have `points` (2, 2), x and y in pixels of the item's image, and `on_pet` (2,). Each click falls near the
-    outline with probability 1/2, as in Xu et al. 2016. With probability 1/2 each click is the other's negative point in
-    `negative_points` (2, 2), else these are NaN (the terms of RITM, Sofiiuk et al. 2022).
+    outline with probability 1/2 (Xu et al. 2016). With probability 1/2 each click is the other's negative point (RITM,
+    Sofiiuk et al. 2022) in `negative_points` (2, 2), else these are NaN.
     """
 
-    @property
-    def class_table(self) -> ClassTable:
-        return CLICKS
+    class_table = CLICKS
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         item = super().__getitem__(key)
@@ -119,24 +109,19 @@ class RandomClickDataset(PetDataset):
 
 
 class FixedClickDataset(PetDataset):
-    """Pets with the fixed points of points.csv, for validation: a sample is a photograph with one of its points.
+    """Pets with the fixed points of points.csv, for validation: a sample is a photograph with one of its points. Items
+    have the keys of RandomClickDataset, with one point each and no negative point."""
 
-    Items have the keys of RandomClickDataset, with one point each and no negative point.
-    """
+    class_table = CLICKS
 
-    def __init__(self, records: Sequence[Record], size: int, **options: Any):
-        super().__init__(records, size, **options)
-        photographs = list(self.indices)
-        points = read_points([records[index] for index in photographs])
-        self.indices, self.clicks = [], []
-        for index, clicks in zip(photographs, points):
-            photo = picture_size(records[index].image)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        new_size = (self.size, self.size)
+        photographs, self.indices, self.clicks = self.indices, [], []
+        for index, clicks in zip(photographs, read_points([self.records[index] for index in photographs])):
+            old_size = picture_size(self.records[index].image)
             self.indices += [index] * len(clicks)
-            self.clicks += [Click(*rescale_point(x, y, photo, (size, size)), on_pet) for x, y, on_pet in clicks]
-
-    @property
-    def class_table(self) -> ClassTable:
-        return CLICKS
+            self.clicks += [Click(*rescale_point(x, y, old_size, new_size), on_pet) for x, y, on_pet in clicks]
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         sample = key[1] if isinstance(key, tuple) else key
@@ -169,8 +154,8 @@ def save_heatmaps(base_dir: Path, split: str) -> int:
     for record, clicks in zip(tqdm(records, desc=f"heatmaps {split}", unit="image", leave=False), points):
         label = record.load_label()
         for x, y, on_pet in clicks:
-            stem = f"{record.name}_{'pet' if on_pet else 'background'}"
+            side = "pet" if on_pet else "background"
             for kind, picture in zip(("heatmap", "mask"), heatmap_and_mask(label, int(x), int(y))):
-                with atomic_path(base_dir / split / "prompt" / f"{stem}_{kind}.png") as temporary:
+                with atomic_path(base_dir / split / "prompt" / f"{record.name}_{side}_{kind}.png") as temporary:
                     picture.save(temporary, "PNG", compress_level=1)
     return sum(map(len, points))

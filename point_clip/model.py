@@ -1,7 +1,5 @@
 """CLIP's features and a clicked point: segment the side of the pet's outline that was clicked (report section 9)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any, Literal

@@ -1,10 +1,7 @@
 """Scores of a model prompted by clicks, and their pictures."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,27 +10,12 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from dataset.pet import PetDataset
 from dataset.pet_heatmap import Click, click_target, read_points
 from point_clip.model import PointClip
-from utils.config import TestConfig
 from utils.dataset import CLICKS, foreground
 from utils.dataset_prep import random_pixel
 from utils.distributed import all_gather_objects, rank
-from utils.evaluation import (
-    SYNTHETIC_NOTE,
-    Evaluation,
-    ImagePrediction,
-    PredictBatch,
-    check_classes,
-    describe_test,
-    evaluate,
-    example_arrays,
-    format_scores,
-    pick_examples,
-    prepare_results_folder,
-    write_scores,
-)
+from utils.evaluation import ImagePrediction, ModelTest, PredictBatch, example_arrays, pick_examples
 from utils.figures import plot_pictures, save_figure
 from utils.image import picture_size, rescale_point
 from utils.metric import ConfusionMatrix, count_confusion, logits_to_classes, nan_mean
@@ -54,55 +36,41 @@ class ClickStatistics(NamedTuple):
     baseline: list[list[int]]  # counts of predicting the pet's true outline for every fixed click
 
 
-def score_clicks(
-    model: PointClip, checkpoint: dict[str, Any], test_set: PetDataset, config: TestConfig, device: torch.device
-) -> str:
+def score_clicks(test: ModelTest) -> str:
     """Score the fixed clicks of a split and ten random clicks per image; returns the scores as text.
 
-    Writes metrics.json, images.csv, masks/ (NAME.png of the click on the pet, NAME_background.png of the other),
-    predictions.png, and the files of `utils.robustness` (fixed clicks only) if the test set has perturbations.
+    Writes the files of `ModelTest.write` (perturbed images with the fixed clicks only), predictions.png and masks/:
+    NAME.png of the click on the pet, NAME_background.png of the other.
 
     The scores are over object and ground, of both kinds of clicks together and apart. `own_mask` is the share of clicks
     inside their own mask; `flips` the share of images where each of the two fixed clicks is in its own mask and not in
     the other's. `spread` is the standard deviation of an image's object IoU over five random clicks on one side, mean
     over images. The baseline predicts the pet's true outline, whatever the click.
     """
-    check_classes(checkpoint, CLICKS, config)
-    out = prepare_results_folder(config)
-    fixed = dict(zip(test_set.names, read_points(test_set.records)))
+    fixed = dict(zip(test.test_set.names, read_points(test.test_set.records)))
     statistics_of: dict[str, ClickStatistics] = {}
-    evaluation = evaluate(
-        predict_clicks(model, test_set, fixed, checkpoint["config"]["image_size"], statistics_of), test_set, device,
-        batch_size=config.batch_size, workers=config.workers, class_table=CLICKS, masks=out / "masks",
-    )  # fmt: skip
+    evaluation = test.evaluate(predict_clicks(test, fixed, statistics_of), CLICKS)
     statistics_of = dict(all_gather_objects(list(statistics_of.items())))
-    per_image = [statistics_of[name] for name in test_set.names]
-    metrics = evaluation.metrics() | summarize_clicks(per_image)
-    metrics |= describe_test(model, checkpoint, evaluation, config, device, test_set.synthetic)
+    per_image = [statistics_of[name] for name in test.test_set.names]
     if rank() != 0:
         return ""
-    note = SYNTHETIC_NOTE if test_set.synthetic else ""
-    save_figure(plot_examples(test_set, evaluation, per_image, fixed, config, note), out / "predictions.png")
-    clicks, split = metrics["clicks"], config.data / config.split
-    title = f"{config.checkpoint}: {clicks} clicks on {metrics['images']} images of {split}"
-    text = [format_scores(metrics, f"{title} ({note})" if note else title), format_clicks(metrics, per_image)]
-    text += [str(out / "metrics.json"), str(out / "predictions.png")]
-    return "\n".join(text + write_scores(out, evaluation, metrics, note))
+    metrics = evaluation.metrics() | summarize_clicks(per_image)
+    figure = test.config.results / "predictions.png"
+    save_figure(plot_examples(test, per_image, fixed), figure)
+    title = f"{test.config.checkpoint}: {metrics['clicks']} clicks on {metrics['images']} images"
+    return test.write(evaluation, metrics, title, [format_clicks(metrics, per_image), str(figure)])
 
 
 def predict_clicks(
-    model: PointClip,
-    test_set: PetDataset,
-    fixed: dict[str, Sequence[Click]],
-    size: int,
-    statistics_of: dict[str, ClickStatistics],
+    test: ModelTest, fixed: dict[str, Sequence[Click]], statistics_of: dict[str, ClickStatistics]
 ) -> PredictBatch:
-    """Predictions for the fixed clicks on each image, which was resized to `size` pixels for the model.
+    """Predictions for the fixed clicks on each image, by name.
 
     On clean images it also predicts random clicks and fills `statistics_of`, by name.
     """
-    index_of = {record.name: index for index, record in enumerate(test_set.records)}
-    photo_size = {record.name: picture_size(record.image) for record in test_set.records}
+    model, size = test.model, test.checkpoint["config"]["image_size"]
+    index_of = {record.name: index for index, record in enumerate(test.test_set.records)}
+    photo_size = {record.name: picture_size(record.image) for record in test.test_set.records}
 
     def predict(batch: dict[str, Any]) -> Iterator[ImagePrediction]:
         features = model.encode(batch["image"])
@@ -225,34 +193,25 @@ def format_clicks(metrics: dict[str, Any], per_image: Sequence[ClickStatistics])
     return "\n".join(lines)
 
 
-def plot_examples(
-    test_set: PetDataset,
-    evaluation: Evaluation,
-    per_image: Sequence[ClickStatistics],
-    fixed: dict[str, Sequence[Click]],
-    config: TestConfig,
-    note: str,
-) -> Figure:
+def plot_examples(test: ModelTest, per_image: Sequence[ClickStatistics], fixed: dict[str, Sequence[Click]]) -> Figure:
     """Best, median and worst images: photograph, truth, and the mask of each click, which is marked."""
-    folder: Path = config.results / "masks"
     object_iou = [
         nan_mean(ConfusionMatrix(CLICKS.names, torch.tensor(counts)).iou()[1] for _, counts in image.fixed)
         for image in per_image
     ]
     rows = []
     for place, index in pick_examples(object_iou):
-        record = test_set.records[index]
+        record = test.test_set.records[index]
         pictures: dict[bool, np.ndarray] = {}
         for click in fixed[record.name]:
-            mask_file = folder / f"{record.name}{SUFFIXES[click.on_pet]}.png"
-            photo, label, mask = example_arrays(record, mask_file, config.score_size)
+            mask_file = test.config.results / "masks" / f"{record.name}{SUFFIXES[click.on_pet]}.png"
+            photo, label, mask = example_arrays(record, mask_file, test.config.score_size)
             x, y = rescale_point(click.x, click.y, picture_size(record.image), photo.shape[1::-1])
             pictures[click.on_pet] = mark_click(CLICKS.overlay(photo, mask), x, y)
-        blank = np.full_like(photo, 255)
-        truth = record.class_table.overlay(photo, label)
+        truth, blank = record.class_table.overlay(photo, label), np.full_like(photo, 255)
         caption = f"{place}: {record.name}\nobject IoU {object_iou[index]:.2f}"
         rows.append((caption, [photo, truth, *(pictures.get(side, blank) for side in SIDES)]))
-    return plot_pictures(rows, ("photograph", "truth", "click on the pet", "click on the background"), note)
+    return plot_pictures(rows, ("photograph", "truth", "click on the pet", "click on the background"), test.note)
 
 
 def mark_click(pixels: np.ndarray, x: float, y: float) -> np.ndarray:

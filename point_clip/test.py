@@ -4,8 +4,6 @@ Score a model prompted by clicks, or segment the object under a click in photogr
 python point_clip/test.py --images PATH ... --point 120,80
 """
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -39,18 +37,10 @@ def main() -> None:
     from point_clip.model import build_point_clip
     from point_clip.scoring import score_clicks
     from utils.dataset import CLICKS
-    from utils.distributed import init_distributed, print_once
-    from utils.helper import restore_model
-    from utils.predictor import Predictor, predict_photographs
+    from utils.evaluation import run_test
 
-    device = init_distributed(config.device)
     build = partial(build_point_clip, clip_model=config.clip_model)
-    model, checkpoint = restore_model(config.checkpoint, build, "point_clip", device, default_classes=CLICKS)
-    if config.images:
-        print_once(predict_photographs(Predictor(model, checkpoint), config.images, config.results, config.point))
-    else:
-        test_set = make_test_set(config, checkpoint["config"]["image_size"])
-        print_once(score_clicks(model, checkpoint, test_set, config, device))
+    run_test(config, build, "point_clip", make_test_set, scoring=score_clicks, default_classes=CLICKS)
 
 
 if __name__ == "__main__":

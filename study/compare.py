@@ -1,7 +1,5 @@
 """Is model A better than model B? A paired bootstrap over test images (Efron and Tibshirani 1993)."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Sequence
 from typing import Any

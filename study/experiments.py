@@ -1,7 +1,5 @@
 """The lists of experiments: what study/run.py trains, and what tests, benchmarks and docs iterate over."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

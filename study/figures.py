@@ -1,7 +1,5 @@
 """Figures of several runs side by side. A run has the same color and dashes in every figure."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from dataset.pet_heatmap import read_points
+from point_clip.scoring import mark_click
 from study.runs import Run
 from utils.dataset import CLICKS
 from utils.figures import plot_pictures
@@ -85,7 +85,7 @@ def plot_robustness(studies: dict[str, dict[str, dict[str, Any]]], order: Sequen
 def plot_examples(rows: Sequence[tuple[str, Any]], runs: Sequence[Run], title: str) -> Figure:
     """A row per (caption, record): the photograph, the truth and each run's mask laid over it.
 
-    A prompted run shows its mask for the click on the pet, in the color of the species; a blank if there was no click.
+    A prompted run shows the click on the pet and its mask, in the color of the species; a blank if there was no click.
     """
     pictures = []
     for caption, record in rows:
@@ -99,7 +99,8 @@ def plot_examples(rows: Sequence[tuple[str, Any]], runs: Sequence[Run], title: s
             mask = load_picture(path).resize(photo.shape[1::-1], 0)  # a mask scored at another size is enlarged
             if run.prompted:
                 species = np.where(np.asarray(mask) == CLICKS.value("object"), record.species, 0)
-                cells.append(record.class_table.overlay(photo, species))
+                (click,) = (click for click in read_points([record])[0] if click.on_pet)
+                cells.append(mark_click(record.class_table.overlay(photo, species), click.x, click.y))
             else:
                 cells.append(run.class_table.overlay(photo, run.class_table.decode_label(mask)))
         pictures.append((caption, cells))

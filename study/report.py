@@ -6,10 +6,10 @@ seeds of one model, are better than others: python study/report.py A/seed0 A/see
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from study.compare import compare, format_comparison
 from study.experiments import LISTS
 from study.runs import Run, mark_differences, read_runs
-from utils.config import run_script
+from utils.config import flag, parse, run_script
 from utils.files import InputError, format_csv, write_bytes, write_json
 
 if TYPE_CHECKING:
@@ -32,46 +32,41 @@ SCORES = ("iou", "dice", "accuracy")
 BASELINES = {one.name: one.baseline for experiments in LISTS.values() for one in experiments if one.baseline}
 
 
+@dataclass
+class Config:
+    """The flags."""
+
+    runs: list[Path] = flag(None, "folders of runs scored by test.py", positional=True)
+    against: list[Path] | None = flag(None, "is the mean IoU of the runs better than that of these?")
+    out: Path = flag(Path("results/report"), "folder to write")
+    data: Path | None = flag(None, "prepared folder with the photographs (default: where it was in testing)")
+    examples: list[str] | None = flag(None, "test images to show (default: best, median and worst)")
+    mixed: bool = flag(False, "accept scores made on different data or at different sizes, and mark them")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run scored by test.py")
-    parser.add_argument(
-        "--against", nargs="+", type=Path, metavar="RUN", help="is the mean IoU of RUN better than of these?"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("results/report"), help="folder to write (default: results/report)"
-    )
-    parser.add_argument(
-        "--data", type=Path, help="prepared folder with the photographs (default: where it was in testing)"
-    )
-    parser.add_argument(
-        "--examples", nargs="+", metavar="NAME", help="test images to show (default: best, median and worst)"
-    )
-    parser.add_argument(
-        "--mixed", action="store_true", help="accept scores made on different data or at different sizes, and mark them"
-    )
-    args = parser.parse_args()
+    config = parse(Config, __doc__)
 
     from utils.figures import save_figure
 
-    runs = read_runs([*args.runs, *(args.against or [])])
-    mark_differences(runs, allowed=args.mixed)
-    if args.against:
-        verdict = compare(runs[: len(args.runs)], runs[len(args.runs) :])
-        write_json(args.out / "comparison.json", verdict)
-        write_bytes(args.out / "comparison.md", format_comparison(verdict).encode())
-        print(f"{format_comparison(verdict)}\n{args.out / 'comparison.md'}\n{args.out / 'comparison.json'}")
+    runs = read_runs([*config.runs, *(config.against or [])])
+    mark_differences(runs, allowed=config.mixed)
+    if config.against:
+        verdict = compare(runs[: len(config.runs)], runs[len(config.runs) :])
+        write_json(config.out / "comparison.json", verdict)
+        write_bytes(config.out / "comparison.md", format_comparison(verdict).encode())
+        print(f"{format_comparison(verdict)}\n{config.out / 'comparison.md'}\n{config.out / 'comparison.json'}")
         return
-    examples = pick_records(runs, args.data, args.examples)
+    examples = pick_records(runs, config.data, config.examples)
     figures = make_figures(runs, examples)
     for name, (figure, _) in figures.items():
-        save_figure(figure, args.out / f"{name}.png", pdf=True)
+        save_figure(figure, config.out / f"{name}.png", pdf=True)
     rows = [describe(run) for run in runs]
-    write_bytes(args.out / "runs.csv", format_runs(rows))
+    write_bytes(config.out / "runs.csv", format_runs(rows))
     captions = {name: caption for name, (_, caption) in figures.items()}
-    write_bytes(args.out / "report.md", format_report(runs, captions).encode())
+    write_bytes(config.out / "report.md", format_report(runs, captions).encode())
     print(format_scores(runs))
-    print("\n".join(str(args.out / name) for name in ("report.md", "runs.csv", *(f"{f}.png" for f in figures))))
+    print("\n".join(str(config.out / name) for name in ("report.md", "runs.csv", *(f"{f}.png" for f in figures))))
 
 
 def pick_records(runs: Sequence[Run], data: Path | None, names: Sequence[str] | None) -> list[tuple[str, Any]]:

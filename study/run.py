@@ -4,8 +4,6 @@ Prepare and explore the data, train and test every experiment of a list, write t
 train.py that has them. Started again with the same flags, it continues where it was stopped.
 """
 
-from __future__ import annotations
-
 import importlib
 import subprocess
 import sys
@@ -19,9 +17,10 @@ sys.path.insert(0, str(ROOT))
 
 from study.experiments import LISTS, Experiment
 from utils.config import RESUMABLE, Terminated, as_plain_dict, flag, flag_name, parse, run_script
-from utils.files import InputError, read_json, write_json
+from utils.files import InputError, read_json
 
-SHARED_WITH_TEST = ("--workers", "--device")  # flags for the trainings that test.py gets, too
+SHARED_WITH_TEST = ("--workers", "--device")  # flags of the trainings that test.py gets, too
+SET_BY_STUDY = {"--data", "--out", "--seed", "--resume"}  # flags of the trainings that differ from run to run
 
 
 @dataclass
@@ -32,14 +31,14 @@ class Config:
     synthetic: int | None = flag(None, "draw this many pets into --data first", low=8)
     out: Path = flag(Path("runs/study"), "folder of the runs")
     results: Path | None = flag(None, "folder of the report (default: report/ in --out)")
-    experiments: Literal["models", "pretraining"] = flag("models", "the list of study/experiments.py to run")
+    experiments: Literal[tuple(LISTS)] = flag("models", "the list of study/experiments.py to run")
     only: list[str] | None = flag(None, "only these experiments of the list")
     seeds: int = flag(1, "runs of each experiment, with the seeds 0, 1, ...", low=1)
     perturb: bool = flag(True, "also test under all perturbations")
 
 
 class Planned(NamedTuple):
-    """One run of the study: its experiment, its folder, and its train.py's flags and parsed Config."""
+    """One run of the study: its experiment, its folder, and train.py's flags and parsed Config."""
 
     experiment: Experiment
     folder: Path
@@ -62,35 +61,34 @@ def main() -> None:
     split = arguments.index("--") if "--" in arguments else len(arguments)
     config, passed = parse(Config, __doc__, arguments[:split]), group_flags(arguments[split + 1 :])
     runs = plan(config, passed)
-    refuse_other_settings(config, passed)
-    synthetic = ["--synthetic", str(config.synthetic)] if config.synthetic else []
-    execute(["dataset/dataset_prep.py", str(config.data), *synthetic])
-    announce(config, runs)
+    for run in runs:
+        refuse_other_settings(run)
+    execute(["dataset/dataset_prep.py", config.data, *(["--synthetic", config.synthetic] if config.synthetic else [])])
     check_clip([run for run in runs if not run.is_tested(config.perturb)])
-    write_json(config.out / "config.json", settings(config, passed))  # only now: a study that cannot start leaves none
-    execute(["dataset/exploration.py", str(config.data), "--out", str(config.out / "exploration")])
+    states = {True: "finished", False: "to do"}
+    lines = [f"  {run.folder}: {states[run.is_tested(config.perturb)]}, {run.config.epochs} epochs" for run in runs]
+    print("\n".join([f"study of {len(runs)} runs", *lines]), flush=True)
+    execute(["dataset/exploration.py", config.data, "--out", config.out / "exploration"])
     shared = [part for name in SHARED_WITH_TEST for part in passed.get(name, [])]
-    test_flags = ["--data", str(config.data), *shared, *["--perturb"] * config.perturb]
+    test_flags = ["--data", config.data, *shared, *["--perturb"] * config.perturb]
     for number, run in enumerate(runs, start=1):
-        print(f"--- {number} of {len(runs)}: {run.folder.relative_to(config.out)}", flush=True)
+        print(f"--- {number} of {len(runs)}: {run.folder}", flush=True)
         if not run.is_tested(config.perturb):
             resume = ["--resume"] if (run.folder / "config.json").exists() else []
             execute([f"{run.experiment.model}/train.py", *run.flags, *resume])
-            execute([f"{run.experiment.model}/test.py", "--checkpoint", str(run.checkpoint), *test_flags])
-    results = config.results or config.out / "report"
-    folders = [str(run.folder) for run in runs]
-    execute(["study/report.py", *folders, "--out", str(results), "--data", str(config.data)])
+            execute([f"{run.experiment.model}/test.py", "--checkpoint", run.checkpoint, *test_flags])
+    folders = [run.folder for run in runs]
+    execute(["study/report.py", *folders, "--out", config.results or config.out / "report", "--data", config.data])
 
 
 def group_flags(arguments: Sequence[str]) -> dict[str, list[str]]:
     """Flags with their values, by the flag's name: {"--epochs": ["--epochs", "30"]}."""
     groups: dict[str, list[str]] = {}
-    name = None
     for argument in arguments:
         if argument.startswith("--"):
             name = argument.partition("=")[0].replace("--no-", "--")
             groups[name] = []
-        elif name is None:
+        elif not groups:
             raise InputError(f"after -- a flag of a train.py is expected, got {argument!r}")
         groups[name].append(argument)
     return groups
@@ -105,86 +103,50 @@ def plan(config: Config, passed: dict[str, list[str]]) -> list[Planned]:
     chosen = [experiment for experiment in experiments if not config.only or experiment.name in config.only]
     scripts = {model: importlib.import_module(f"{model}.train") for model in {one.model for one in chosen}}
     known = {model: {flag_name(field.name) for field in fields(module.Config)} for model, module in scripts.items()}
+    if fixed := SET_BY_STUDY & set(passed):
+        raise InputError(f"{' '.join(sorted(fixed))} after --: the study sets it for each run, see study/run.py --help")
     if unknown := set(passed) - set().union(*known.values()):
         raise InputError(f"{' '.join(sorted(unknown))}: no train.py of this study has such a flag")
     runs = []
     for seed in range(config.seeds):
         for experiment in chosen:
-            folder = config.out / f"seed{seed}" / experiment.name
+            folder, script = config.out / f"seed{seed}" / experiment.name, scripts[experiment.model]
             flags = ["--data", str(config.data), "--out", str(folder), "--seed", str(seed), *experiment.flags]
             takes = known[experiment.model] - set(experiment.refuses)
             flags += [part for name, group in passed.items() if name in takes for part in group]
-            if experiment.starts_from:
+            if experiment.starts_from and experiment.starts_from[1] in {one.name for one in chosen}:
                 option, other, file = experiment.starts_from
-                if other in {one.name for one in chosen}:
-                    flags += [option, str(folder.with_name(other) / file)]
-            script = scripts[experiment.model]
+                flags += [option, str(folder.with_name(other) / file)]
             runs.append(Planned(experiment, folder, flags, parse(script.Config, script.__doc__, flags)))
     return runs
 
 
-def settings(config: Config, passed: dict[str, list[str]]) -> dict[str, Any]:
-    """The content of config.json."""
-    return {**as_plain_dict(config), "flags": passed}
-
-
-def refuse_other_settings(config: Config, passed: dict[str, list[str]]) -> None:
-    """InputError when the folder holds a study of another list or with other flags for the trainings.
-
-    Which experiments are run, where data and report are, and how fast it runs may change.
-    """
-    path = config.out / "config.json"
-    if not path.exists():
-        return
-
-    def fixed(values: dict[str, Any]) -> dict[str, Any]:
-        free = {flag_name(name) for name in RESUMABLE - {"epochs", "patience"}}
-        flags = {name: group for name, group in values.get("flags", {}).items() if name not in free}
-        return {"--experiments": values.get("experiments"), "--seeds": values.get("seeds"), **flags}
-
-    before, now = fixed(read_json(path)), fixed(settings(config, passed))
-    changed = [f"  {name} was {before.get(name)}, is {now.get(name)}" for name in {**before, **now}
-               if before.get(name) != now.get(name)]  # fmt: skip
-    if changed:
-        raise InputError(
-            f"{config.out} holds a study with other settings, see {path}:\n" + "\n".join(changed)
-            + "\nUse the same settings, or choose another --out."
-        )  # fmt: skip
-
-
-def announce(config: Config, runs: Sequence[Planned]) -> None:
-    """Print what is finished and what remains."""
-    from dataset.perturbation import choose_perturbations
-    from utils.robustness import list_variants
-
-    counts = read_json(config.data / "prep_report.json")["counts"]
-    images = {split: sum(counts[split].values()) for split in counts}
-    passes = len(list_variants(choose_perturbations([] if config.perturb else None)))
-    lines, remaining = [], 0
-    for run in runs:
-        finished = run.is_tested(config.perturb)
-        remaining += not finished
-        state = "finished" if finished else "begun" if (run.folder / "config.json").exists() else "to do"
-        lines.append(f"  {run.folder.relative_to(config.out)}: {state}, at most {run.config.epochs} epochs")
-    print(
-        f"study of {len(runs)} runs, {remaining} not finished: {images['TrainVal']} images to train and validate, "
-        f"{images['Test']} test images with {passes} forward passes each, then a report\n" + "\n".join(lines),
-        flush=True,
-    )  # fmt: skip
+def refuse_other_settings(run: Planned) -> None:
+    """InputError when a run has begun with other settings; the number of workers, the device and such may change."""
+    path = run.folder / "config.json"
+    if path.exists():
+        saved, now = read_json(path), as_plain_dict(run.config)
+        free = RESUMABLE - {"epochs", "patience"}
+        changed = [name for name in now if name not in free and saved.get(name) != now[name]]
+        if changed:
+            lines = [f"  {flag_name(name)} was {saved.get(name)}, is {now[name]}" for name in changed]
+            raise InputError(
+                f"{path} has other settings:\n" + "\n".join(lines) + "\nUse the same, or another --out for the study."
+            )
 
 
 def check_clip(runs: Sequence[Planned]) -> None:
     """InputError before hours of other work when the CLIP weights that a run needs are missing."""
-    needed = {run.config.clip_model for run in runs if not getattr(run.config, "clip_random_init", True)}
-    for clip_model in needed:
+    clip_runs = [run.config for run in runs if hasattr(run.config, "clip_model")]
+    for clip_model in {config.clip_model for config in clip_runs if not config.clip_random_init}:
         from clip_seg.weights import load_vision
 
         load_vision(clip_model)
 
 
-def execute(command: Sequence[str]) -> None:
+def execute(command: Sequence[object]) -> None:
     """Run a script of the repository; InputError when it fails, KeyboardInterrupt when it was interrupted."""
-    script, *arguments = command
+    script, *arguments = map(str, command)
     process = subprocess.Popen([sys.executable, str(ROOT / script), *arguments])
     try:
         code = process.wait()

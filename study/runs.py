@@ -1,7 +1,5 @@
 """Folders of tested runs: read them, and mark scores that cannot be compared."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Sequence
 from dataclasses import dataclass

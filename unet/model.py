@@ -1,7 +1,5 @@
 """U-Net from scratch (Ronneberger et al. 2015; report section 3)."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from utils.layers import IMAGENET_MEAN, IMAGENET_STD, ClassHead, DoubleConv, Normalize, UpBlock, pad_to_multiple

@@ -3,8 +3,6 @@
 Score a trained U-Net, or segment photographs of your own: python unet/test.py --images PATH ...
 """
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,18 +25,9 @@ def main() -> None:
     # Heavy imports come after parsing, so that --help answers immediately.
     from dataset.pet import make_test_set
     from unet.model import UNet
-    from utils.distributed import init_distributed, print_once
-    from utils.evaluation import score
-    from utils.helper import restore_model
-    from utils.predictor import Predictor, predict_photographs
+    from utils.evaluation import run_test
 
-    device = init_distributed(config.device)
-    model, checkpoint = restore_model(config.checkpoint, UNet, "unet", device)
-    if config.images:
-        print_once(predict_photographs(Predictor(model, checkpoint), config.images, config.results))
-    else:
-        test_set = make_test_set(config, checkpoint["config"]["image_size"])
-        print_once(score(model, checkpoint, test_set, config, device))
+    run_test(config, UNet, "unet", make_test_set)
 
 
 if __name__ == "__main__":

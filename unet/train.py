@@ -3,8 +3,6 @@
 Train the U-Net from scratch (report section 3).
 """
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass
 from pathlib import Path

@@ -3,8 +3,6 @@
 This file imports nothing heavy, so that every script answers `--help` immediately.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import logging
@@ -28,10 +26,7 @@ Config = TypeVar("Config")
 RESUMABLE = {"resume", "data", "epochs", "patience", "workers", "device", "compile", "out", "micro_batch_size"}
 
 # Flags of earlier versions, and what to use instead.
-REMOVED_FLAGS = {
-    "--accumulate": "--batch-size is now the number of images of one optimizer step; limit memory with "
-    "--micro-batch-size",
-}
+REMOVED_FLAGS = {"--accumulate": "--batch-size counts the images of an optimizer step; use --micro-batch-size"}
 
 # The processes on this machine share its cores.
 WORKERS = min(8, max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
@@ -40,7 +35,8 @@ WORKERS = min(8, max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD
 def flag(default: Any, help: str, *, low: float = -math.inf, high: float = math.inf, **metadata: Any) -> Any:
     """A dataclass field that is a flag: `low` and `high` are the smallest and largest value allowed.
 
-    `parse` is a function from text to value; `positional=True` makes it an argument without a dash.
+    `parse` is a function from text to value; `positional=True` makes it an argument without a dash; `removed` says what
+    to use instead of a value of earlier versions.
     """
     return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, **metadata})
 
@@ -98,7 +94,9 @@ class TrainConfig:
     data: Path = flag(Path("Dataset"), "folder prepared by dataset/dataset_prep.py")
     out: Path = flag(Path("runs/model"), "folder of this run")
     epochs: int = flag(50, "maximum number of passes over the training images", low=1)
-    batch_size: int = flag(64, "images per optimizer step, over all processes", low=1)
+    batch_size: int = flag(
+        64, "images per optimizer step, over all processes", low=1, removed={"auto": "use --micro-batch-size auto"}
+    )
     micro_batch_size: str | int | None = flag(
         None,
         "images per forward pass in one process (default: its whole share of a batch); 'auto' halves it until a step "
@@ -184,7 +182,10 @@ def parse(config_class: type[Config], doc: str, argv: list[str] | None = None) -
             parser.error(f"{argument} no longer exists: {hint}")
     given = vars(parser.parse_args(argv))
     if not given.get("resume"):
-        return config_class(**given)
+        try:
+            return config_class(**given)
+        except InputError as error:  # of __post_init__: flags that do not go together
+            parser.error(str(error))
 
     out = given.get("out", config_class.__dataclass_fields__["out"].default)
     if not (out / "config.json").is_file():
@@ -192,12 +193,9 @@ def parse(config_class: type[Config], doc: str, argv: list[str] | None = None) -
     saved = restore_fields(config_class, read_json(out / "config.json"), source=out / "config.json")
     changed = [name for name in given if name not in RESUMABLE and given[name] != saved[name]]
     if changed:
-        lines = [f"  {flag_name(name)} is {saved[name]} in the run, got {given[name]}" for name in changed]
-        raise InputError(
-            f"--resume: {out} was started with other settings:\n"
-            + "\n".join(lines)
-            + "\nLeave these flags out, or start a new run with another --out."
-        )
+        lines = "\n".join(f"  {flag_name(name)} is {saved[name]} in the run, got {given[name]}" for name in changed)
+        hint = "Leave these flags out, or start a new run with another --out."
+        raise InputError(f"--resume: {out} was started with other settings:\n{lines}\n{hint}")
     return config_class(**{**saved, **given, "out": out})  # the folder may have been moved since
 
 
@@ -217,10 +215,8 @@ def restore_fields(config_class: type, values: dict, *, source: Path) -> dict:
     hints = typing.get_type_hints(config_class)
     fields = {field.name for field in dataclasses.fields(config_class)}
     if "accumulate" in values:  # its batch size was that of one process
-        raise InputError(
-            f"{source} is of an earlier version, which cannot be resumed (its checkpoints can be tested): start a new "
-            "run with another --out"
-        )
+        hint = "it cannot be resumed, but tested; start a new run with another --out"
+        raise InputError(f"{source} is of an earlier version: {hint}")
     if fields - {"resume"} - set(values):
         missing = ", ".join(sorted(fields - set(values)))
         raise InputError(f"{source} belongs to another model or version (no {missing}); use another --out")
@@ -293,6 +289,8 @@ def _add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field, hin
         options |= {"type": kind, "nargs": metadata.get("nargs", "+"), "metavar": "PATH" if kind is Path else "NAME"}
     elif hint is not None:
         options |= {"type": _checked(hint, metadata), "metavar": hint.__name__.upper()}
+    if metadata.get("positional"):
+        options["metavar"] = field.name.upper()
     parser.add_argument(field.name if metadata.get("positional") else flag_name(field.name), **options)
 
 
@@ -304,6 +302,8 @@ def describe_flag(field: dataclasses.Field) -> str:
 
 def _checked(kind: type, metadata: Any) -> Callable[[str], Any]:
     def read(text: str) -> Any:
+        if text in metadata.get("removed", {}):
+            raise argparse.ArgumentTypeError(f"{text} no longer exists: {metadata['removed'][text]}")
         value = kind(text)
         if isinstance(value, float) and not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"expected a finite number, got {text}")

@@ -7,7 +7,6 @@ data set or the checkpoint.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -92,21 +91,20 @@ class ClassTable:
 
         return cls(tuple(map(row, plain["rows"])), row(plain["ignored"]))
 
+    @property
+    def values(self) -> list[int]:
+        """All pixel values: the classes, and the ignored value."""
+        return [*range(len(self.rows)), IGNORE]
+
     @cached_property
     def palette(self) -> np.ndarray:
         """Colors (256, 3) uint8 of label files."""
-        return self._lookup_colors("color")
+        return _lookup_table({value: self.row(value).color for value in self.values}, np.zeros((256, 3), np.uint8))
 
     @cached_property
     def tints(self) -> np.ndarray:
         """Colors (256, 3) uint8 of overlays."""
-        return self._lookup_colors("tint")
-
-    def _lookup_colors(self, field: str) -> np.ndarray:
-        colors = np.zeros((256, 3), np.uint8)
-        for value in (*range(len(self)), IGNORE):
-            colors[value] = getattr(self.row(value), field)
-        return colors
+        return _lookup_table({value: self.row(value).tint for value in self.values}, np.zeros((256, 3), np.uint8))
 
     def plot_color(self, value: int) -> tuple[float, ...]:
         """The tint of a class for matplotlib, RGB in [0, 1]."""
@@ -123,8 +121,8 @@ class ClassTable:
         elif label.mode == "L":
             pixels = np.asarray(label)
             # A label with palette that was saved as grey has the luma of its colors: (128, 0, 0) becomes 38.
-            luma = {round(float(self.palette[value] @ (0.299, 0.587, 0.114))): value for value in self._indices}
-            classes = _lookup_table({**luma, **self._indices})[pixels]
+            luma = {round(float(self.palette[value] @ (0.299, 0.587, 0.114))): value for value in self.values}
+            classes = _lookup_table({**luma, **{value: value for value in self.values}})[pixels]
         elif label.mode == "P":
             # By color if every color belongs to a class, because programs that save RGB labels as indexed pictures
             # assign new indices; by index with any other palette.
@@ -134,20 +132,16 @@ class ClassTable:
             palette[: len(entries)] = entries
             classes = self._match_colors(palette)[pixels]
             if (classes == _UNKNOWN).any():
-                classes = _lookup_table(self._indices)[pixels]
+                classes = _lookup_table({value: value for value in self.values})[pixels]
         else:
             raise InputError(f"a label must be an indexed, grey or RGB picture, got mode {label.mode}")
         _check_known(classes, pixels)
         return classes
 
-    @property
-    def _indices(self) -> dict[int, int]:
-        return {value: value for value in (*range(len(self)), IGNORE)}
-
     def _match_colors(self, colors: np.ndarray) -> np.ndarray:
         """Classes (...) of colors (..., 3)."""
         classes = np.full(colors.shape[:-1], _UNKNOWN, np.uint8)
-        for value in self._indices:
+        for value in self.values:
             classes[(colors == self.palette[value]).all(axis=-1)] = value
         return classes
 
@@ -198,8 +192,8 @@ def decode_trimap(trimap: Image.Image, species: int) -> np.ndarray:
     return classes
 
 
-def _lookup_table(values: dict[int, int]) -> np.ndarray:
-    table = np.full(256, _UNKNOWN, np.uint8)
+def _lookup_table(values: dict[int, Any], table: np.ndarray | None = None) -> np.ndarray:
+    table = np.full(256, _UNKNOWN, np.uint8) if table is None else table
     table[list(values)] = list(values.values())
     return table
 
@@ -207,5 +201,5 @@ def _lookup_table(values: dict[int, int]) -> np.ndarray:
 def _check_known(classes: np.ndarray, pixels: np.ndarray) -> None:
     unknown = classes == _UNKNOWN
     if unknown.any():
-        values: Sequence[Any] = np.unique(pixels[unknown], axis=0)[:5].tolist()
+        values = np.unique(pixels[unknown], axis=0)[:5].tolist()
         raise InputError(f"{unknown.sum()} label pixels belong to no class: values {values}")

@@ -1,18 +1,14 @@
 """Several processes that share the work, as torchrun or accelerate launch start them; alone: rank 0 of world size 1."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Sequence
-from operator import itemgetter
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from torch import Tensor
 from torch import distributed as dist
-from torch.utils.data import DataLoader
 
 from utils.files import InputError
 
@@ -32,10 +28,8 @@ def pick_device(name: str) -> torch.device:
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # started together on this machine
     devices = {"cuda": torch.cuda.device_count(), "mps": 1, "cpu": processes}[name]
     if processes > devices:
-        raise InputError(
-            f"{processes} processes were started on this machine, which has {devices} for --device {name}: "
-            f"start {devices}, or give --device cpu"
-        )
+        found = f"{processes} processes were started on this machine, which has {devices} for --device {name}"
+        raise InputError(f"{found}: start {devices}, or give --device cpu")
     return torch.device(name)
 
 
@@ -84,13 +78,3 @@ def all_gather_objects(values: Sequence[Any]) -> list[Any]:
     parts: list[Any] = [None] * world_size()
     dist.all_gather_object(parts, list(values))
     return [value for part in parts for value in part]
-
-
-def gather_in_dataset_order(loader: DataLoader, values: Sequence[Any]) -> list[Any]:
-    """One plain value per sample of the loader's data set, gathered from all ranks.
-
-    `values` are those of the samples that this rank's loader yields, in its order.
-    """
-    samples = [sample for keys in loader.batch_sampler for _, sample in keys]
-    pairs = all_gather_objects(list(zip(samples, values, strict=True)))
-    return [value for _, value in sorted(pairs, key=itemgetter(0))]

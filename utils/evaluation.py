@@ -1,7 +1,5 @@
 """The one loop over a test set, and the scores and pictures that a test writes."""
 
-from __future__ import annotations
-
 import math
 import time
 import zlib
@@ -20,15 +18,15 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from utils.config import TestConfig, as_plain_dict
-from utils.dataset import ClassTable
-from utils.distributed import all_reduce_sum, rank, world_size
+from utils.dataset import PETS, ClassTable
+from utils.distributed import all_reduce_sum, init_distributed, print_once, rank, world_size
 from utils.figures import plot_pictures, save_figure
 from utils.files import InputError, format_csv, write_bytes, write_json
-from utils.helper import class_table_of, describe_environment
+from utils.helper import class_table_of, describe_environment, restore_model
 from utils.image import load_picture, resize_image, resize_mask, to_rgb
 from utils.loader import EpochBatchSampler, make_loader, prepare_batch
 from utils.metric import ConfusionMatrix, count_confusion, logits_to_classes, nan_mean
-from utils.predictor import resize_logits, save_mask
+from utils.predictor import Predictor, predict_photographs, resize_logits, save_mask
 from utils.robustness import Variant, list_variants, summarize_robustness, write_robustness
 
 SYNTHETIC_NOTE = "synthetic drawings: scores are not comparable to any benchmark"
@@ -155,100 +153,105 @@ def evaluate(
     return Evaluation(counts, variants, class_table, time.perf_counter() - began, names, checksums.tolist())
 
 
-def score(
-    model: nn.Module, checkpoint: dict[str, Any], test_set: Dataset, config: TestConfig, device: torch.device
-) -> str:
-    """Score a segmenter on a test set; returns the scores as text.
+class ModelTest(NamedTuple):
+    """A model, its checkpoint, and the test set that `config` selects: everything that a score depends on."""
 
-    Writes metrics.json, images.csv, masks/, confusion.png, predictions.png, and the files of `utils.robustness` if the
-    test set has perturbations. InputError when the checkpoint has other classes than the data.
+    model: nn.Module
+    checkpoint: dict[str, Any]
+    test_set: Dataset
+    config: TestConfig
+    device: torch.device
+
+    @property
+    def note(self) -> str:
+        """A warning for titles."""
+        return SYNTHETIC_NOTE if self.test_set.synthetic else ""
+
+    def evaluate(self, predict_batch: PredictBatch, class_table: ClassTable) -> Evaluation:
+        """`evaluate` with masks, into the results folder; the scores of an earlier test in it are deleted.
+
+        InputError when the checkpoint was trained on other classes than those of the targets.
+        """
+        trained, config = class_table_of(self.checkpoint).names, self.config
+        if trained != class_table.names:
+            found = f"{config.data} has {', '.join(class_table.names)}"
+            raise InputError(f"{config.checkpoint} was trained on the classes {', '.join(trained)}, {found}")
+        config.results.mkdir(parents=True, exist_ok=True)  # problems with the folder show before the work, not after
+        for name in ("metrics.json", "robustness.json", "robustness.csv", "robustness.png"):
+            (config.results / name).unlink(missing_ok=True)
+        options = {"batch_size": config.batch_size, "workers": config.workers, "masks": config.results / "masks"}
+        return evaluate(predict_batch, self.test_set, self.device, class_table=class_table, **options)
+
+    def write(self, evaluation: Evaluation, metrics: dict[str, Any], title: str, details: Sequence[str] = ()) -> str:
+        """Write metrics.json, images.csv and, if there are perturbations, the robustness files; returns the scores and
+        `details` as text."""
+        config, checkpoint, out = self.config, self.checkpoint, self.config.results
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.model.parameters()]
+        about = {
+            "score_size": config.score_size,
+            "model": checkpoint["model_name"],
+            "parameters": sum(size for size, _ in sizes),
+            "trained_parameters": sum(size for size, trained in sizes if trained),
+            "epoch": checkpoint["epoch"],
+            "seed": checkpoint["config"]["seed"],
+            "image_size": checkpoint["config"]["image_size"],
+            "synthetic": self.test_set.synthetic,
+            "images_per_second": len(evaluation.names) * len(evaluation.variants) / evaluation.seconds,
+        }
+        environment = {"config": as_plain_dict(config), "environment": describe_environment(self.device)}
+        write_bytes(out / "images.csv", evaluation.images_csv())
+        write_json(out / "metrics.json", {**metrics, **about, **environment})
+        title = f"{title} of {config.data / config.split}" + (f" ({self.note})" if self.note else "")
+        text = [format_scores({**metrics, **about}, title), *details, str(out / "metrics.json")]
+        if len(evaluation.variants) > 1:
+            summary = summarize_robustness(evaluation.counts.sum(dim=0), evaluation.variants, evaluation.class_table)
+            summary = {"images": metrics["images"], **about, "seconds": evaluation.seconds, **summary}
+            text.append(write_robustness(out, summary, evaluation.class_table, self.note))
+        return "\n".join(text)
+
+
+def score(test: ModelTest) -> str:
+    """Score a segmenter; returns the scores as text.
+
+    Writes the files of `ModelTest.write`, masks/, confusion.png and predictions.png.
     """
-    class_table = test_set.class_table
-    check_classes(checkpoint, class_table, config)
-    out = prepare_results_folder(config)
-    evaluation = evaluate(
-        predict_classes(model), test_set, device,
-        batch_size=config.batch_size, workers=config.workers, masks=out / "masks",
-    )  # fmt: skip
-    metrics = evaluation.metrics() | describe_test(model, checkpoint, evaluation, config, device, test_set.synthetic)
+    class_table, records, out = test.test_set.class_table, test.test_set.records, test.config.results
+    evaluation = test.evaluate(predict_classes(test.model), class_table)
     if rank() != 0:
         return ""
-    note = SYNTHETIC_NOTE if test_set.synthetic else ""
-    save_figure(plot_confusion(evaluation.total.counts.numpy(), class_table.names, note), out / "confusion.png")
+    save_figure(plot_confusion(evaluation.total.counts.numpy(), class_table.names, test.note), out / "confusion.png")
     rows = []
     for place, index in pick_examples(evaluation.image_iou):
-        record = test_set.records[index]
-        photo, label, mask = example_arrays(record, out / "masks" / f"{record.name}.png", config.score_size)
-        caption = f"{place}: {record.name}\nmean IoU {evaluation.image_iou[index]:.2f}"
-        rows.append((caption, [photo, class_table.overlay(photo, label), class_table.overlay(photo, mask)]))
-    figure = plot_pictures(rows, ("photograph", "truth", "prediction"), note, class_table)
+        mask = out / "masks" / f"{records[index].name}.png"
+        photo, label, prediction = example_arrays(records[index], mask, test.config.score_size)
+        caption = f"{place}: {records[index].name}\nmean IoU {evaluation.image_iou[index]:.2f}"
+        rows.append((caption, [photo, class_table.overlay(photo, label), class_table.overlay(photo, prediction)]))
+    figure = plot_pictures(rows, ("photograph", "truth", "prediction"), test.note, class_table)
     save_figure(figure, out / "predictions.png")
-    title = f"{config.checkpoint} on {metrics['images']} images of {config.data / config.split}"
-    text = [format_scores(metrics, f"{title} ({note})" if note else title)]
-    text += [str(out / name) for name in ("metrics.json", "confusion.png", "predictions.png")]
-    return "\n".join(text + write_scores(out, evaluation, metrics, note))
+    title = f"{test.config.checkpoint} on {len(records)} images"
+    files = [str(out / name) for name in ("confusion.png", "predictions.png")]
+    return test.write(evaluation, evaluation.metrics(), title, files)
 
 
-def check_classes(checkpoint: dict[str, Any], class_table: ClassTable, config: TestConfig) -> None:
-    """InputError when the checkpoint was trained on other classes than those of the targets."""
-    trained = class_table_of(checkpoint).names
-    if trained != class_table.names:
-        raise InputError(
-            f"{config.checkpoint} was trained on the classes {', '.join(trained)}, "
-            f"{config.data} has {', '.join(class_table.names)}"
-        )
-
-
-def prepare_results_folder(config: TestConfig) -> Path:
-    """Create the folder for the scores, and delete the scores of an earlier test in it."""
-    out = config.results
-    out.mkdir(parents=True, exist_ok=True)  # a problem with the folder should show before the work, not after
-    for name in ("metrics.json", "robustness.json", "robustness.csv", "robustness.png"):
-        (out / name).unlink(missing_ok=True)  # an old robustness study must not stand beside new scores
-    return out
-
-
-def write_scores(out: Path, evaluation: Evaluation, metrics: dict[str, Any], note: str) -> list[str]:
-    """Write images.csv, metrics.json and, if there are perturbations, the robustness files; returns their summary."""
-    write_bytes(out / "images.csv", evaluation.images_csv())
-    write_json(out / "metrics.json", metrics)
-    if len(evaluation.variants) == 1:
-        return []
-    details = {"seconds": evaluation.seconds, **{key: metrics[key] for key in TEST_DETAILS}}
-    summary = summarize_robustness(evaluation.counts.sum(dim=0), evaluation.variants, evaluation.class_table)
-    robustness = {"images": metrics["images"], **details, **summary}
-    return [write_robustness(out, robustness, evaluation.class_table, note)]
-
-
-TEST_DETAILS = (
-    "images_per_second", "score_size", "model", "parameters", "trained_parameters", "epoch", "seed", "image_size",
-    "synthetic", "config", "environment",
-)  # fmt: skip
-
-
-def describe_test(
-    model: nn.Module,
-    checkpoint: dict[str, Any],
-    evaluation: Evaluation,
+def run_test(
     config: TestConfig,
-    device: torch.device,
-    synthetic: bool,
-) -> dict[str, Any]:
-    """Model, settings, speed and environment of a test, for metrics.json."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    return {
-        "images_per_second": len(evaluation.names) * len(evaluation.variants) / evaluation.seconds,
-        "score_size": config.score_size,
-        "model": checkpoint["model_name"],
-        "parameters": sum(size for size, _ in sizes),
-        "trained_parameters": sum(size for size, trained in sizes if trained),
-        "epoch": checkpoint["epoch"],
-        "seed": checkpoint["config"]["seed"],
-        "image_size": checkpoint["config"]["image_size"],
-        "synthetic": synthetic,
-        "config": as_plain_dict(config),
-        "environment": describe_environment(device),
-    }
+    build: Callable[..., nn.Module],
+    model_name: str,
+    make_test_set: Callable[[TestConfig, int], Dataset],
+    *,
+    scoring: Callable[[ModelTest], str] = score,
+    default_classes: ClassTable = PETS,
+) -> None:
+    """The work of every test.py: rebuild the model of `config.checkpoint`, then score the split, or segment the
+    photographs of `--images`; print the result."""
+    device = init_distributed(config.device)
+    model, checkpoint = restore_model(config.checkpoint, build, model_name, device, default_classes=default_classes)
+    if config.images:
+        point = getattr(config, "point", None)  # of a prompted model
+        print_once(predict_photographs(Predictor(model, checkpoint), config.images, config.results, point))
+    else:
+        test_set = make_test_set(config, checkpoint["config"]["image_size"])
+        print_once(scoring(ModelTest(model, checkpoint, test_set, config, device)))
 
 
 def example_arrays(record: Any, mask: Path, score_size: str | int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,7 +1,6 @@
-"""What all figures share: saving, grids of pictures, and the legend of the classes."""
+"""What all figures share: saving, grids of pictures, and the legend and line styles of the classes."""
 
-from __future__ import annotations
-
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,6 +51,20 @@ def plot_pictures(
     return figure
 
 
+def plot_grid(cells: Sequence[tuple[str, np.ndarray]], columns: int, class_table: ClassTable) -> Figure:
+    """A contact sheet of (caption, picture (H, W, 3) uint8)."""
+    rows = math.ceil(len(cells) / columns)
+    figure = Figure(figsize=(2 * columns, 2 * rows + 0.5), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis, (caption, picture) in zip(axes, cells):
+        show_picture(axis, picture)
+        axis.set_title(caption, fontsize=7)
+    for axis in axes[len(cells) :]:
+        axis.set_axis_off()
+    add_class_legend(figure, class_table)
+    return figure
+
+
 def show_picture(axis: Axes, picture: np.ndarray) -> None:
     """A picture (H, W, 3) uint8 without ticks."""
     axis.imshow(picture)
@@ -60,12 +73,10 @@ def show_picture(axis: Axes, picture: np.ndarray) -> None:
 
 def add_class_legend(figure: Figure, class_table: ClassTable) -> None:
     """Explain the tints of all classes but the background below the figure."""
-    values = [*range(1, len(class_table)), IGNORE]
-    labels = [class_table.row(value).name for value in values[:-1]] + [f"{class_table.ignored.name}, not scored"]
-    handles = [
-        Patch(facecolor=class_table.plot_color(value), edgecolor="#777777", label=label)
-        for value, label in zip(values, labels)
-    ]
+    handles = []
+    for value in class_table.values[1:]:
+        label = class_table.row(value).name + (", not scored" if value == IGNORE else "")
+        handles.append(Patch(facecolor=class_table.plot_color(value), edgecolor="#777777", label=label))
     figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False, fontsize=9)
 
 

@@ -1,19 +1,18 @@
 """Files that are written completely or not at all, locks, and the error that a user can fix."""
 
-from __future__ import annotations
-
 import csv
+import errno
 import io
 import json
 import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 
 class InputError(Exception):
@@ -44,19 +43,27 @@ def remove_leftovers(folder: Path, *, idle_seconds: float = 0) -> None:
                 path.unlink()
 
 
-def acquire_lock(path: Path, *, timeout: float = -1, busy: str = "") -> FileLock:
-    """Acquire the lock of the file `path`; it is released by `.release()`, at the end of a `with`, or by process exit.
+def acquire_lock(path: Path, *, timeout: float = -1, busy: str = "") -> ExitStack:
+    """Acquire the lock of the file `path`; it is released by `.close()`, at the end of a `with`, or by process exit.
 
     Waits `timeout` seconds for another process that holds it (-1: without limit), then raises InputError with the
-    message `busy`. Where the file system has no locks, filelock uses the existence of the file instead.
+    message `busy`. Where the file system has no locks, filelock uses the existence of a file instead.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
+    lock: BaseFileLock = FileLock(path)
     try:
-        lock.acquire(timeout=timeout)
+        try:
+            lock.acquire(timeout=timeout)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # filelock itself handles only ENOSYS
+                raise
+            lock = SoftFileLock(path.with_name(f"{path.name}.soft"))
+            lock.acquire(timeout=timeout)
     except Timeout:
         raise InputError(busy) from None
-    return lock
+    held = ExitStack()  # a `with` on the lock itself would acquire it a second time
+    held.callback(lock.release)
+    return held
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -1,7 +1,5 @@
 """Checkpoints: save them, load them, rebuild a model from one; and the environment that a run was made in."""
 
-from __future__ import annotations
-
 import os
 import pickle
 import platform

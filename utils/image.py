@@ -3,8 +3,6 @@
 Points are (x, y), origin top left; the center of the first pixel is (0, 0). Sizes are (width, height) as in Pillow.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path

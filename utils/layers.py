@@ -1,6 +1,4 @@
-"""Parts that several models share."""
-
-from __future__ import annotations
+"""Layers that several models share."""
 
 from collections.abc import Sequence
 
@@ -8,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Mean and standard deviation of ImageNet's pixels, close to those of any set of photographs.
+# Mean and standard deviation of ImageNet's pixels; those of other photographs are similar.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -26,17 +24,17 @@ class Normalize(nn.Module):
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
-    """Zeros at the right and the bottom of (B, C, H, W) until `multiple` divides H and W; crop the output again."""
+    """Pad (B, C, H, W) with zeros at the right and bottom to multiples of `multiple`; the caller crops the output."""
     height, width = x.shape[-2:]
     return F.pad(x, (0, -width % multiple, 0, -height % multiple))
 
 
 class DoubleConv(nn.Sequential):
-    """Two times 3x3 convolution, batch norm, ReLU; height and width stay (Ronneberger et al. 2015, padded)."""
+    """3x3 convolution, batch norm, ReLU, twice; keeps height and width (Ronneberger et al. 2015, padded)."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(
-            # No bias: the batch norm that follows would subtract it.
+            # No bias: the batch norm after it would subtract it.
             nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
             nn.BatchNorm2d(out_channels),
             nn.ReLU(inplace=True),
@@ -49,9 +47,9 @@ class DoubleConv(nn.Sequential):
 class ClassHead(nn.Conv2d):
     """1x1 convolution to class logits that starts without a preference for any class.
 
-    Behind batch norm and ReLU all features have about the same mean, and only the head's own few weights can change
-    which class that mean speaks for: at the report's learning rate an unlucky start takes hundreds of steps to mend.
-    Weights that sum to zero over the features, and no bias, make every class start level.
+    After batch norm and ReLU all features have about the same mean, so the sum of a class's initial weights decides how
+    strongly the class is preferred everywhere; at the report's learning rate it takes hundreds of steps to undo that.
+    Weights that sum to zero over the features, and zero biases, start all classes equal.
     """
 
     def __init__(self, in_channels: int, num_classes: int):

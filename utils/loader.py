@@ -1,7 +1,5 @@
 """From a data set to batches: the sampler, the loader, and batches on the device."""
 
-from __future__ import annotations
-
 import math
 import os
 import signal

@@ -1,7 +1,5 @@
 """The losses. Pixels whose target is 255 do not count and get no gradient."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

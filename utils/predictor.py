@@ -1,7 +1,5 @@
 """Masks of photographs: `Predictor` converts between a photograph's pixels and a model's, for every model."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,10 +93,8 @@ class Predictor:
                 )
         sides = [True] * len(points) if positive is None else list(positive)
         if len(sides) != len(points) or sides.count(True) != 1 or sides.count(False) > 1:
-            raise InputError(
-                f"this model needs one positive click and takes at most one negative click, got {len(points)} points "
-                f"with positive={sides}"
-            )
+            got = f"{len(points)} points with positive={sides}"
+            raise InputError(f"this model needs one positive click and takes at most one negative click, got {got}")
         size = (self.image_size, self.image_size)
         scaled = [rescale_point(x, y, self.picture.size, size) for x, y in points]
         clicks = {side: torch.tensor([point], device=self.device) for side, point in zip(sides, scaled)}
@@ -119,12 +115,10 @@ def predict_photographs(
     Photographs are rotated upright as their EXIF orientation says; ranks share them. A prompted model gets the same
     click `point` (x, y) on each. Photographs that cannot be read are named in an InputError after the others are done.
     """
-    if predictor.prompted != (point is not None):
-        raise InputError(
-            "this model is prompted by a click: give one as --point X,Y"
-            if predictor.prompted
-            else "--point: this model is not prompted by clicks, leave it out"
-        )
+    if predictor.prompted and point is None:
+        raise InputError("this model is prompted by a click: give one as --point X,Y")
+    if point is not None and not predictor.prompted:
+        raise InputError("--point: this model is not prompted by clicks, leave it out")
     pictures = [path for path in find_pictures(paths) if out.resolve() not in path.resolve().parents]
     if not pictures:
         raise InputError(f"the pictures are in {out}, where the masks would be written; choose another --out")

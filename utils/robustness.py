@@ -1,7 +1,5 @@
 """How scores fall when images are perturbed: the variants that an evaluation scores, and their summary."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import statistics

@@ -111,9 +111,7 @@ class Run:
         """The content of last.pt; None when the run was killed before it was written."""
         saved_split, path = self.folder / "split.json", self.folder / "last.pt"
         if saved_split.exists() and read_json(saved_split) != split:
-            raise InputError(
-                f"--resume: the images of {self.config.data} are not the images that {self.folder} was started with"
-            )
+            raise InputError(f"--resume: {self.folder} was started with other images than those of {self.config.data}")
         if not path.exists():
             return None
         last = load_checkpoint(path, self.model_name)
@@ -144,12 +142,9 @@ class Run:
             save_checkpoint(self.folder / "best.pt", self._checkpoint(scores))
         self.log.add(row)
         self._save_last(scores)
-        miou = row.get("val_iou_mean")
-        log.info(
-            f"{self.folder.name}: epoch {self.epoch}/{self.config.epochs}  train loss {row['train_loss']:.4f}  "
-            f"val loss {row['val_loss']:.4f}{'' if miou is None else f'  val mIoU {miou:.3f}'}  "
-            f"{row['images_per_second']:.1f} images/s"
-        )
+        names = {"train_loss": ".4f", "val_loss": ".4f", "val_iou_mean": ".3f", "images_per_second": ".1f"}
+        values = [f"{name} {row[name]:{form}}" for name, form in names.items() if row.get(name) is not None]
+        log.info(f"{self.folder.name}: epoch {self.epoch}/{self.config.epochs}  {'  '.join(values)}")
 
     def _checkpoint(self, scores: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -181,7 +176,7 @@ class Run:
         self.log.close()
         if self.log.rows:
             save_figure(plot_curves(self.log.rows, self.class_table), self.folder / "curves.png")
-        self.lock.release()
+        self.lock.close()
 
 
 def seed_everything(seed: int) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from accelerate.utils import find_executable_batch_size
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.tensorboard import SummaryWriter
@@ -143,8 +143,7 @@ def fit(
     if run.log is not None:
         best = min(run.log.rows, key=lambda row: row["val_loss"])
         reason = "the validation loss no longer improves" if stopping.should_stop else "all epochs done"
-        path = run.folder / "best.pt"
-        log.info("%s. Best epoch %d (val loss %.4f): %s", reason, best["epoch"], best["val_loss"], path)
+        log.info(f"{reason}. Best epoch {best['epoch']} (val_loss {best['val_loss']:.4f}): {run.folder / 'best.pt'}")
     accelerator.wait_for_everyone()  # a second stage reads what rank 0 wrote
 
 
@@ -182,31 +181,36 @@ def find_micro_batch_size(model: nn.Module, step: Step, train_set: Dataset, run:
     """
     if run.device.type == "cpu":  # running out of memory kills the process there, so there is nothing to try
         raise InputError("--micro-batch-size auto needs a GPU: on a CPU give a number, or leave it out")
+    size = math.ceil(run.config.batch_size / world_size())
+    with torch.random.fork_rng():  # the trial must not change the random stream of the run
+        while size and not step_fits(model, step, train_set, run, size):
+            size //= 2
+    if not size:
+        raise InputError(
+            "--micro-batch-size auto: not even one image fits in memory. Use a smaller --image-size or model"
+        )
+    size = min(all_gather_objects([size]))
+    log.info("--micro-batch-size auto: %d", size)
+    return size
 
-    @find_executable_batch_size(starting_batch_size=math.ceil(run.config.batch_size / world_size()))
-    def attempt(size: int) -> int:
-        images = size + size // 10 + 1  # a margin, because memory fragments
-        batch = collate([train_set[number % len(train_set)] for number in range(images)])
+
+def step_fits(model: nn.Module, step: Step, train_set: Dataset, run: Run, size: int) -> bool:
+    """Whether one step on a copy of `model` with `size` images, and a few more, fits in the GPU's memory."""
+    clear_device_cache(garbage_collection=True)
+    images = size + size // 10 + 1  # a margin, because memory fragments
+    batch = collate([train_set[number % len(train_set)] for number in range(images)])
+    try:
         probe = copy.deepcopy(model).to(run.device, memory_format=torch.channels_last).train()
         optimizer = torch.optim.Adam([parameter for parameter in probe.parameters() if parameter.requires_grad])
         with run.accelerator.autocast():
             loss = step(probe, prepare_batch(batch, run.device)).loss
         loss.backward()
         optimizer.step()
-        return size
-
-    with torch.random.fork_rng():  # the trial must not change the random stream of the run
-        try:
-            size = attempt()
-        except RuntimeError as error:
-            if "No executable batch size" not in str(error):
-                raise
-            raise InputError(
-                "--micro-batch-size auto: not even one image fits in memory. Use a smaller --image-size or model"
-            ) from error
-    size = min(all_gather_objects([size]))
-    log.info("--micro-batch-size auto: %d", size)
-    return size
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        return False
+    return True
 
 
 def convert_sync_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
@@ -219,10 +223,9 @@ def compile_model(model: nn.Module, device: torch.device) -> nn.Module:
     try:
         torch.compile(torch.sin)(torch.zeros(1, device=device))
     except Exception as error:  # the compiler's back ends raise errors of their own
-        raise InputError(
-            "--compile: nothing can be compiled here. On a CPU it needs a C++ compiler (apt-get install g++), on a GPU "
-            f"Triton. Or leave --compile out. The error was: {str(error).strip().splitlines()[0]}"
-        ) from error
+        needs = "a C++ compiler (apt-get install g++) on a CPU, Triton on a GPU"
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"--compile needs {needs}; or leave it out. Compiling failed with: {reason}") from error
     return torch.compile(model)
 
 
@@ -266,7 +269,5 @@ def train_one_epoch(
 def check_finite(loss: float, name: str, config: TrainConfig) -> None:
     """InputError for a loss that is NaN or infinite; raised before a checkpoint is written, so the last one is good."""
     if not math.isfinite(loss):
-        raise InputError(
-            f"{name} is {loss}. {config.out / 'last.pt'} holds the last good epoch. "
-            f"Start again, with another --out, a lower --lr than {config.lr:g} or --precision fp32."
-        )
+        hint = f"Start again, with another --out, a lower --lr than {config.lr:g} or --precision fp32."
+        raise InputError(f"{name} is {loss}. {config.out / 'last.pt'} holds the last good epoch. {hint}")

@@ -1,28 +1,21 @@
-"""clip_seg/: CLIP's features, its weights, and the scripts."""
+"""clip_seg/: CLIP's features and its weights. What every model does is in test_models.py."""
 
 from __future__ import annotations
 
-import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
 
-from clip_seg.model import (
-    ClipEncoder,
-    ClipSegmenter,
-    Decoder,
-    build_segmenter,
-    make_encoder,
-    moved,
-    rebuild_encoder,
-)
+from clip_seg.model import ClipEncoder, ClipSegmenter, Decoder, build_segmenter, make_encoder
 from clip_seg.weights import hash_weights, load_vision
-from tests.conftest import TINY, TINY_CLIP, run
+from models import load_model
+from tests.helpers import CPU, TINY_CLIP, save_model
 from utils.files import InputError
-from utils.helper import load_checkpoint
+from utils.helper import load_checkpoint, model_state
 
 TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
@@ -45,7 +38,7 @@ def test_tokens_are_those_of_transformers_in_their_place(clip_folder, image_size
 
 
 @pytest.mark.parametrize("corner", [(0, 0), (0, 1), (1, 0), (1, 1)])
-def test_a_brighter_corner_changes_that_corner_of_the_features_most(clip_folder, corner):
+def test_features_change_most_where_the_image_changes(clip_folder, corner):
     encoder = ClipEncoder(load_vision(str(clip_folder))).eval()
     image = torch.rand(1, 3, 64, 64) * 0.5
     brighter = image.clone()
@@ -71,7 +64,7 @@ def test_full_size_has_the_shapes_of_the_design():
 
 
 @pytest.mark.parametrize(("patch", "grid"), [(32, 7), (16, 14), (14, 16)])
-def test_patches_of_other_sizes(patch, grid):
+def test_other_patch_sizes(patch, grid):
     vision = CLIPVisionModel(CLIPVisionConfig(**TINY_CLIP | {"patch_size": patch, "image_size": 224}))
     logits = ClipSegmenter(ClipEncoder(vision), base_channels=1, skips=True)(torch.rand(2, 3, 50, 70))
     assert ClipEncoder(vision).grid == grid and logits.shape == (2, 3, 50, 70)
@@ -86,8 +79,8 @@ def test_every_skip_reaches_the_output():
     assert all(bool((part.grad != 0).all()) for part in tokens)
 
 
-def test_preparation_agrees_with_clips_own_where_both_resize_the_same_way(clip_folder):
-    """CLIPImageProcessor crops to a square; on square images it resizes as we do, but for rounding to 8 bits."""
+def test_preparation_agrees_with_the_processor_of_transformers(clip_folder):
+    """CLIPImageProcessor crops to a square; on square images it resizes equally, except for rounding to 8 bits."""
     from transformers import CLIPImageProcessor
 
     encoder = ClipEncoder(load_vision(str(clip_folder)))
@@ -105,60 +98,68 @@ def test_preparation_agrees_with_clips_own_where_both_resize_the_same_way(clip_f
     assert floats.grad.abs().min() > 0
 
 
-def test_a_frozen_encoder_is_left_out_of_the_checkpoint_and_found_again(clip_folder, tmp_path):
-    encoder, arguments = make_encoder(str(clip_folder), frozen=True)
+@pytest.fixture
+def frozen(clip_folder, tmp_path) -> tuple[ClipSegmenter, Path]:
+    """A segmenter on the frozen CLIP of `tmp_path`/clip, after a step of training, and its checkpoint."""
+    folder = shutil.copytree(clip_folder, tmp_path / "clip")
+    encoder, encoder_args = make_encoder(str(folder), frozen=True)
     model = ClipSegmenter(encoder, base_channels=2).train()
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.1)
     model(torch.rand(2, 3, 40, 40)).square().mean().backward()
     optimizer.step()
-    assert hash_weights(encoder.vision) == arguments["weights_hash"], "training leaves it bit for bit as it was"
-    state = model.state_dict()
+    assert hash_weights(encoder.vision) == encoder_args["weights_hash"], "training changed frozen weights"
+    path = save_model(tmp_path / "best.pt", model, "clip_seg", {"encoder": encoder_args, "base_channels": 2})
+    return model.eval().to(memory_format=torch.channels_last), path
+
+
+def test_frozen_clip_is_loaded_from_its_folder(frozen, tmp_path):
+    """And not from the checkpoint, which holds only its hash."""
+    model, path = frozen
+    state = load_checkpoint(path)["model"]
     assert not any("vision" in key for key in state) and "decoder.blocks.0.up.weight" in state
-    rebuilt = build_segmenter(encoder=arguments, base_channels=2)
-    rebuilt.load_state_dict(state)
     image = torch.rand(1, 3, 40, 40)
     with torch.inference_mode():
-        assert torch.equal(rebuilt.eval()(image), model.eval()(image))
-
-    shutil.copytree(clip_folder, tmp_path / "elsewhere")
-    arguments["clip_model"] = str(tmp_path / "gone")
-    with pytest.raises(InputError, match=r"no CLIP weights for --clip-model .*gone"):
-        build_segmenter(encoder=arguments)
-    moved(build_segmenter, str(tmp_path / "elsewhere"))(encoder=arguments)
-
-
-def test_trained_weights_are_in_the_checkpoint(clip_folder):
-    encoder, arguments = make_encoder(str(clip_folder))
-    model = ClipSegmenter(encoder, base_channels=2)
-    state = model.state_dict()
-    assert any("vision" in key for key in state) and arguments["weights_hash"] is None
-    arguments["clip_model"] = "nowhere"  # and so nothing has to be found
-    build_segmenter(encoder=arguments, base_channels=2).load_state_dict(state)
+        assert torch.equal(load_model(path, CPU)[0](image), model(image))
+        (tmp_path / "clip").rename(tmp_path / "moved")
+        with pytest.raises(InputError, match=r"no CLIP weights for --clip-model .*clip"):
+            load_model(path, CPU)
+        moved, _ = load_model(path, CPU, clip_model=str(tmp_path / "moved"))
+        assert torch.equal(moved(image), model(image))
 
 
-def test_other_weights_under_the_same_name_are_refused(clip_folder, tmp_path):
-    folder = tmp_path / "tiny"
-    shutil.copytree(clip_folder, folder)
-    _, arguments = make_encoder(str(folder), frozen=True)
-    weights = load_file(folder / "model.safetensors")
+def test_frozen_clip_is_verified_by_its_hash(frozen, tmp_path):
+    weights = load_file(tmp_path / "clip/model.safetensors")
     name = next(key for key in weights if "mlp.fc1.weight" in key)
     weights[name] = weights[name] + 1e-3
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights, tmp_path / "clip/model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"holds other weights .* than the model was trained on"):
-        rebuild_encoder(**arguments)
+        load_model(frozen[1], CPU)
 
 
-def test_a_whole_clip_gives_its_vision_half(tmp_path):
+@pytest.mark.parametrize("options", [{}, {"frozen": True, "random_init": True}])
+def test_other_weights_are_in_the_checkpoint(clip_folder, options):
+    """Trained ones, and random ones even when they are frozen: nothing has to be found again."""
+    encoder, encoder_args = make_encoder(str(clip_folder), **options)
+    state = model_state(ClipSegmenter(encoder, base_channels=2))
+    assert any("vision" in key for key in state) and encoder_args["weights_hash"] is None
+    build_segmenter(encoder=encoder_args | {"clip_model": "nowhere"}, base_channels=2).load_state_dict(state)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_whole_clip_gives_its_vision_half(tmp_path, file):
+    """From safetensors, and from the hub's default file: a pickle with a buffer that transformers 4 had."""
     torch.manual_seed(0)
     whole = CLIPModel(CLIPConfig(vision_config=TINY_CLIP, text_config=TEXT))
     whole.save_pretrained(tmp_path)
-    assert hash_weights(load_vision(str(tmp_path))) == hash_weights(_vision_of(whole))
-
-
-def _vision_of(whole: CLIPModel) -> CLIPVisionModel:
+    saved = tmp_path / "model.safetensors"
+    if file == "pytorch_model.bin":
+        weights = load_file(saved)
+        assert any(key.startswith("vision_model.encoder.layers.0.") for key in weights)
+        saved.unlink()
+        torch.save({**weights, "vision_model.embeddings.position_ids": torch.arange(17)[None]}, tmp_path / file)
     vision = CLIPVisionModel(CLIPVisionConfig(**TINY_CLIP))
     vision.load_state_dict(whole.vision_model.state_dict())
-    return vision
+    assert hash_weights(load_vision(str(tmp_path))) == hash_weights(vision)
 
 
 def test_half_precision_weights_become_float32(tmp_path):
@@ -166,7 +167,7 @@ def test_half_precision_weights_become_float32(tmp_path):
     assert {parameter.dtype for parameter in load_vision(str(tmp_path)).parameters()} == {torch.float32}
 
 
-def test_models_that_are_no_vision_transformer_of_clip(tmp_path, clip_folder):
+def test_models_other_than_clip_vision_transformers(tmp_path, clip_folder):
     CLIPTextModel(CLIPTextConfig(**TEXT)).save_pretrained(tmp_path / "text")
     with pytest.raises(InputError, match=r"is a clip_text_model model, expected a CLIP with a vision transformer"):
         load_vision(str(tmp_path / "text"))
@@ -184,7 +185,7 @@ def test_models_that_are_no_vision_transformer_of_clip(tmp_path, clip_folder):
         load_vision(str(tmp_path / "empty"))
 
 
-def test_missing_weights_are_never_filled_in_at_random(clip_folder, tmp_path):
+def test_missing_weights_are_an_error(clip_folder, tmp_path):
     shutil.copytree(clip_folder, tmp_path / "tiny")
     weights = load_file(clip_folder / "model.safetensors")
     del weights[next(key for key in weights if "layers.3.mlp.fc2.bias" in key)]
@@ -193,35 +194,8 @@ def test_missing_weights_are_never_filled_in_at_random(clip_folder, tmp_path):
         load_vision(str(tmp_path / "tiny"))
 
 
-def test_an_image_size_that_is_no_multiple_of_the_patch(clip_folder):
-    with pytest.raises(InputError, match=r"--clip-image-size 45 is no multiple of the patch of 8 pixels: use 48"):
-        make_encoder(str(clip_folder), image_size=45)
-
-
-def test_the_scripts_train_checkpoint_reload_and_test(clip_folder, prepared, tmp_path):
-    out = tmp_path / "run"
-    flags = ["--data", prepared, "--out", out, "--clip-model", clip_folder, "--freeze-encoder", "--skips", *TINY]
-    result = run("clip_seg/train.py", *flags, "--epochs", 1)
-    assert result.returncode == 0, result.stderr
-    result = run("clip_seg/train.py", "--out", out, "--resume", "--epochs", 2)
-    assert result.returncode == 0, result.stderr
-    last = load_checkpoint(out / "last.pt", "clip_seg")
-    assert last["epoch"] == 2 and not any("vision" in key for key in last["model"])
-    trained = sum(not key.endswith(("mean", "var", "tracked")) for key in last["model"])
-    assert len(last["optimizer"]["state"]) == trained, "a frozen encoder takes no optimizer memory"
-    result = run("clip_seg/test.py", "--data", prepared, "--checkpoint", out / "best.pt")
-    assert result.returncode == 0, result.stderr
-    assert json.loads((out / "test/metrics.json").read_text())["model"] == "clip_seg"
-
-
-def test_weights_that_cannot_be_had_say_how_to_get_them(prepared, tmp_path):
-    result = run("clip_seg/train.py", "--data", prepared, "--out", tmp_path / "run", *TINY)
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    for part in (
-        "openai/clip-vit-base-patch32",
-        "hf download",
-        "a folder that holds config.json",
-        "--clip-random-init",
+def test_image_size_must_be_a_multiple_of_the_patch(clip_folder):
+    with pytest.raises(
+        InputError, match=r"--clip-image-size 45 is not a multiple of the patch size of 8 pixels: use 48"
     ):
-        assert part in result.stderr
-    assert not (tmp_path / "run").exists()
+        make_encoder(str(clip_folder), image_size=45)

@@ -1,40 +1,67 @@
-"""utils/config.py: flags are the fields of a dataclass."""
+"""utils/config.py: flags are the fields of a dataclass; a script's errors and exit codes."""
 
 from __future__ import annotations
 
 import argparse
+import logging
+import signal
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import run
+from tests.helpers import ROOT
+from unet.train import Config as UNetConfig
+from utils.config import (
+    REMOVED_FLAGS,
+    RESUMABLE,
+    Terminated,
+    TrainConfig,
+    as_plain_dict,
+    flag_name,
+    parse,
+    restore_fields,
+    run_script,
+    weighted_sum,
+)
 from utils.config import TestConfig as ScoreConfig
-from utils.config import TrainConfig, from_json, parse, to_json, weighted_terms
 from utils.files import InputError, write_json
+from utils.loss import LOSSES
 
 
 def test_defaults_are_the_report_recipe():
     config = parse(TrainConfig, "doc", [])
     assert (config.batch_size, config.epochs, config.lr, config.loss) == (64, 50, 1e-4, "cross-entropy")
     assert (config.boundary, config.patience, config.min_delta, config.image_size) == ("background", 3, 1e-3, 256)
+    assert config.micro_batch_size is None and config.schedule == "constant"
 
 
-def test_values_and_types():
-    config = parse(TrainConfig, "doc", ["--data", "x", "--epochs", "3", "--lr", "1e-2", "--compile", "--limit", "9"])
+def test_values_have_the_types_of_the_fields():
+    flags = ("--data", "x", "--epochs", "3", "--lr", "1e-2", "--compile", "--limit", "9", "--micro-batch-size", "4")
+    config = parse(TrainConfig, "doc", flags)
     assert (config.data, config.epochs, config.lr, config.compile, config.limit) == (Path("x"), 3, 0.01, True, 9)
+    assert config.micro_batch_size == 4
+    assert parse(TrainConfig, "doc", ["--micro-batch-size", "auto"]).micro_batch_size == "auto"
     config = parse(ScoreConfig, "doc", ["--score-size", "256", "--images", "a", "b"])
     assert config.score_size == 256 and config.images == [Path("a"), Path("b")]
     assert parse(ScoreConfig, "doc", []).score_size == "native"
 
 
+@pytest.mark.parametrize("loss", [*LOSSES, "cross-entropy+0.5*dice", "2*dice"])
+def test_loss_may_be_a_weighted_sum(loss):
+    assert parse(TrainConfig, "doc", ["--loss", loss]).loss == loss
+
+
 BAD = (
-    "--epochs 0, --epochs two, --batch-size -1, --lr nan, --lr -1, --loss hinge, --val-fraction 1, --val-fraction 0, "
-    "--device tpu, --seed -1, --epoch 3, extra, --image-size 16, --lr inf, --seed 4294967296"
+    "--epochs 0, --epochs two, --batch-size -1, --lr nan, --lr -1, --loss hinge, --loss 0*dice, --val-fraction 1, "
+    "--val-fraction 0, --device tpu, --seed -1, --epoch 3, extra, --image-size 16, --lr inf, --seed 4294967296, "
+    "--micro-batch-size some, --micro-batch-size 0"
 )
 
 
-@pytest.mark.parametrize("arguments", [text.split() for text in BAD.split(", ")])
+@pytest.mark.parametrize("arguments", [text.split() for text in BAD.split(", ")], ids=" ".join)
 def test_bad_values_end_with_code_2(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         parse(TrainConfig, "doc", arguments)
@@ -42,62 +69,166 @@ def test_bad_values_end_with_code_2(arguments, capsys):
     assert arguments[0] in capsys.readouterr().err
 
 
-def test_json_round_trip(tmp_path):
+REMOVED = [[name, "2"] for name in REMOVED_FLAGS] + [[f"{name}=2"] for name in REMOVED_FLAGS]
+REMOVED += [["--batch-size", "auto"], ["--batch-size=auto"]]
+
+
+@pytest.mark.parametrize("arguments", REMOVED, ids=" ".join)
+def test_removed_flags_name_the_new_one(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(TrainConfig, "doc", arguments)
+    errors = capsys.readouterr().err
+    assert stop.value.code == 2 and "no longer exists" in errors and "use --micro-batch-size" in errors
+
+
+def test_flags_that_exclude_each_other_end_with_code_2(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(ScoreConfig, "doc", ["--images", "a", "--perturb"])
+    assert stop.value.code == 2 and "--perturb scores a split" in capsys.readouterr().err
+
+
+def test_config_survives_json(tmp_path):
     config = parse(TrainConfig, "doc", ["--data", "somewhere", "--limit", "8"])
-    assert from_json(TrainConfig, to_json(config), source=tmp_path) == {
+    write_json(tmp_path / "config.json", as_plain_dict(config))
+    assert restore_fields(TrainConfig, as_plain_dict(config), source=tmp_path) == {
         field.name: getattr(config, field.name) for field in fields(TrainConfig)
     }
 
 
 def test_resume_takes_the_settings_of_the_run(tmp_path):
-    write_json(tmp_path / "config.json", to_json(TrainConfig(out=tmp_path, lr=0.5, epochs=3)))
-    config = parse(TrainConfig, "doc", ["--out", str(tmp_path), "--resume", "--epochs", "7"])
-    assert (config.lr, config.epochs, config.resume) == (0.5, 7, True)
-    assert parse(TrainConfig, "doc", ["--out", str(tmp_path), "--resume", "--lr", "0.5"]).lr == 0.5
+    write_json(tmp_path / "config.json", as_plain_dict(TrainConfig(out=tmp_path, lr=0.5, epochs=3)))
+    resume = ["--out", str(tmp_path), "--resume"]
+    config = parse(TrainConfig, "doc", [*resume, "--epochs", "7", "--micro-batch-size", "2"])
+    assert (config.lr, config.epochs, config.micro_batch_size, config.resume) == (0.5, 7, 2, True)
+    assert parse(TrainConfig, "doc", [*resume, "--lr", "0.5"]).lr == 0.5
     with pytest.raises(InputError, match=r"--lr is 0\.5 in the run, got 0\.25"):
-        parse(TrainConfig, "doc", ["--out", str(tmp_path), "--resume", "--lr", "0.25"])
+        parse(TrainConfig, "doc", [*resume, "--lr", "0.25"])
+    with pytest.raises(InputError, match="--batch-size is 64 in the run, got 2"):
+        parse(TrainConfig, "doc", [*resume, "--batch-size", "2"])
     moved = tmp_path.rename(tmp_path.with_name("moved"))
     assert parse(TrainConfig, "doc", ["--out", str(moved), "--resume"]).out == moved
     with pytest.raises(InputError, match="holds no run"):
         parse(TrainConfig, "doc", ["--out", str(tmp_path / "none"), "--resume"])
 
 
-@pytest.mark.parametrize("script", ["unet/train.py", "unet/test.py", "dataset/dataset_prep.py"])
-def test_help_needs_no_heavy_import(script):
-    """What makes --help slow is importing torch, albumentations or matplotlib, so that is what is tested."""
-    code = (
-        "import runpy, sys\n"
-        f"sys.argv = ['{script}', '--help']\n"
-        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
-        "except SystemExit as stop: assert stop.code in (0, None), stop.code\n"
-        "heavy = {'torch', 'albumentations', 'matplotlib', 'accelerate', 'cv2'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
+def test_resumable_flags_exist():
+    assert {field.name for field in fields(TrainConfig)} >= RESUMABLE
+
+
+def test_run_of_an_earlier_version_cannot_be_resumed(tmp_path):
+    """Its --batch-size was that of one process, and --accumulate multiplied it."""
+    write_json(tmp_path / "config.json", as_plain_dict(TrainConfig(out=tmp_path)) | {"accumulate": 2})
+    with pytest.raises(InputError, match=r"config\.json is of an earlier version.*start a new run") as error:
+        parse(TrainConfig, "doc", ["--out", str(tmp_path), "--resume"])
+    assert "\n" not in str(error.value)
+
+
+def test_run_of_another_model_cannot_be_resumed(tmp_path):
+    write_json(tmp_path / "config.json", as_plain_dict(TrainConfig(out=tmp_path)))
+    with pytest.raises(InputError, match=r"belongs to another model or version \(no base_channels\)"):
+        parse(UNetConfig, "doc", ["--out", str(tmp_path), "--resume"])
+
+
+def test_help_lists_every_flag(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(UNetConfig, "The doc.", ["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and "The doc." in text
+    missing = [field.name for field in fields(UNetConfig) if flag_name(field.name) not in text]
+    assert not missing, missing
+
+
+HELP_OF_ALL = """
+import contextlib, io, runpy, sys
+
+for name in ("torch", "albumentations", "matplotlib", "accelerate", "cv2", "transformers"):
+    sys.modules[name] = None  # importing it raises ImportError
+for script in sys.argv[1:]:
+    sys.argv = [script, "--help"]
+    text = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(text):
+            runpy.run_path(script, run_name="__main__")
+    except SystemExit as stop:
+        assert stop.code in (0, None), (script, stop.code)
+    assert "--help" in text.getvalue(), script
+"""
+
+
+def test_help_needs_no_heavy_import():
+    """Importing torch, albumentations or matplotlib takes seconds."""
+    paths = [*ROOT.glob("*.py"), *(path for path in ROOT.glob("*/*.py") if path.parent.name != "benchmarks")]
+    scripts = [path.relative_to(ROOT) for path in paths if "run_script(main)" in path.read_text(encoding="utf-8")]
+    assert Path("unet/train.py") in scripts
+    result = subprocess.run(
+        [sys.executable, "-c", HELP_OF_ALL, *map(str, scripts)], cwd=ROOT, capture_output=True, text=True
     )
-    import subprocess
-    import sys
-
-    from tests.conftest import ROOT
-
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
 
-def test_help_lists_every_flag():
-    text = run("unet/train.py", "--help").stdout
-    for field in fields(TrainConfig):
-        assert f"--{field.name.replace('_', '-')}" in text
-    assert "--base-channels" in text
-
-
-def test_weighted_terms():
+def test_weighted_sum():
     names = ("mse", "ssim", "edge")
-    assert weighted_terms("ssim", names) == {"ssim": 1.0}
-    assert weighted_terms("mse+0.5*ssim+.25*edge", names) == {"mse": 1.0, "ssim": 0.5, "edge": 0.25}
+    assert weighted_sum("ssim", names) == {"ssim": 1.0}
+    assert weighted_sum("mse+0.5*ssim+.25*edge", names) == {"mse": 1.0, "ssim": 0.5, "edge": 0.25}
 
 
 @pytest.mark.parametrize(
     "text", ["", "l1", "mse+", "mse+mse", "0*mse", "-1*mse", "x*mse", "mse*2", "nan*mse", "mse ssim"]
 )
-def test_weighted_terms_that_are_none(text):
+def test_bad_weighted_sum(text):
     with pytest.raises(argparse.ArgumentTypeError, match=r"expected one of mse, ssim, or a weighted sum"):
-        weighted_terms(text, ("mse", "ssim"))
+        weighted_sum(text, ("mse", "ssim"))
+
+
+KILLED_WORKER = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (InputError("no such folder"), "error: no such folder", ""),
+        (FileNotFoundError(2, "No such file", "here.csv"), "error: [Errno 2] No such file: 'here.csv'", ""),
+        (KeyboardInterrupt(), 130, "stopped"),
+        (Terminated(), 143, "terminated"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated. "), 143, ""),
+        (KILLED_WORKER, f"error: a worker that loads images was killed ({KILLED_WORKER}). Is memory short? "
+         "Use fewer --workers", ""),
+        (None, None, ""),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_exit_codes(error, code, message, monkeypatch, capsys):
+    """sys.exit prints a text to stderr and ends with code 1."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
+
+    def main() -> None:
+        if error is not None:
+            raise error
+
+    with pytest.raises(SystemExit) as stop:
+        run_script(main)
+    assert stop.value.code == code
+    assert capsys.readouterr().err.strip() == message
+
+
+def test_other_errors_keep_their_traceback(monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+    def main() -> None:
+        raise RuntimeError("size mismatch")
+
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        run_script(main)
+
+
+def test_sigterm_ends_a_script_as_ctrl_c_does(monkeypatch):
+    handlers = {}
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+
+    def main() -> None:
+        handlers[signal.SIGTERM](signal.SIGTERM, None)
+
+    with pytest.raises(SystemExit) as stop:
+        run_script(main)
+    assert stop.value.code == 128 + signal.SIGTERM and issubclass(Terminated, KeyboardInterrupt)

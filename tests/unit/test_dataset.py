@@ -1,4 +1,4 @@
-"""utils/dataset.py: label files <-> classes."""
+"""utils/dataset.py: label files <-> classes, overlays. test_class_table.py has the table itself."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from utils.dataset import IGNORE, decode_label, decode_trimap, encode_label, overlay, resize_image, resize_mask
+from utils.dataset import IGNORE, PETS, decode_trimap, foreground
 from utils.files import InputError
 
 masks = hnp.arrays(
@@ -18,36 +18,37 @@ masks = hnp.arrays(
 
 
 @given(masks, st.sampled_from(["P", "L", "RGB", "RGBA"]))
-def test_labels_survive_every_way_of_saving_them(classes, mode):
-    np.testing.assert_array_equal(decode_label(encode_label(classes).convert(mode)), classes)
+def test_labels_survive_saving_in_every_mode(classes, mode):
+    np.testing.assert_array_equal(PETS.decode_label(PETS.encode_label(classes).convert(mode)), classes)
 
 
 def test_grey_copies_hold_the_luma_of_the_palette():
-    grey = encode_label(np.array([[0, 1, 2, IGNORE]], np.uint8)).convert("L")
+    grey = PETS.encode_label(np.array([[0, 1, 2, IGNORE]], np.uint8)).convert("L")
     assert np.asarray(grey).tolist() == [[0, 38, 75, 255]]
 
 
 @pytest.mark.parametrize(
-    "label",
+    ("label", "message"),
     [
-        Image.fromarray(np.array([[0, 7]], np.uint8)),
-        Image.new("RGB", (2, 2), (0, 0, 128)),
-        Image.new("I;16", (2, 2), 1),
+        (Image.fromarray(np.array([[0, 7]], np.uint8)), r"1 label pixels belong to no class: values \[7\]"),
+        (Image.new("RGB", (2, 2), (0, 0, 128)), r"4 label pixels belong to no class: values \[\[0, 0, 128\]\]"),
+        (Image.new("I;16", (2, 2), 1), r"must be an indexed, grey or RGB picture, got mode I;16"),
     ],
+    ids=["index", "color", "mode"],
 )
-def test_values_of_no_class_are_an_error(label):
-    with pytest.raises(InputError, match=r"no class|mode"):
-        decode_label(label)
+def test_label_values_of_no_class_are_an_error(label, message):
+    with pytest.raises(InputError, match=message):
+        PETS.decode_label(label)
 
 
-def test_indexed_labels_with_a_palette_of_their_own_are_read_by_color():
+def test_indexed_labels_are_read_by_color_if_all_colors_are_known():
     classes = np.array([[0, 2, 2], [IGNORE, 1, 0]], np.uint8)
-    numbered_anew = encode_label(classes).convert("RGB").quantize(8)
-    assert not np.array_equal(np.asarray(numbered_anew), classes)
-    np.testing.assert_array_equal(decode_label(numbered_anew), classes)
+    renumbered = PETS.encode_label(classes).convert("RGB").quantize(8)
+    assert not np.array_equal(np.asarray(renumbered), classes)
+    np.testing.assert_array_equal(PETS.decode_label(renumbered), classes)
     other = Image.fromarray(classes)
-    other.putpalette([7] * 768)  # colors that mean nothing: the indices count
-    np.testing.assert_array_equal(decode_label(other), classes)
+    other.putpalette([7] * 768)  # unknown colors: the indices count
+    np.testing.assert_array_equal(PETS.decode_label(other), classes)
 
 
 def test_trimap():
@@ -58,25 +59,13 @@ def test_trimap():
         decode_trimap(Image.fromarray(np.array([[0, 4, 1]], np.uint8)), 1)
 
 
-def test_resizing_a_mask_makes_no_new_class_and_keeps_places():
-    classes = np.zeros((40, 60), np.uint8)
-    classes[:20, 30:] = 2
-    classes[20:, :30] = IGNORE
-    small = resize_mask(classes, 16)
-    assert set(np.unique(small)) == {0, 2, IGNORE}
-    assert (small[:8, 8:] == 2).all() and (small[8:, :8] == IGNORE).all()
+def test_foreground_is_every_class_but_the_background():
+    assert foreground(np.array([0, 1, 2, IGNORE], np.uint8)).tolist() == [False, True, True, False]
 
 
-def test_image_and_mask_are_resized_to_the_same_place():
-    image = np.zeros((50, 90, 3), np.uint8)
-    image[10:30, 20:70] = 255
-    resized = resize_image(Image.fromarray(image), 32)
-    mask = resize_mask((image[..., 0] > 0).astype(np.uint8), 32)
-    assert resized.shape == (32, 32, 3)
-    assert ((resized[..., 0] > 127) != (mask == 1)).mean() < 0.07
-
-
-def test_overlay_leaves_background_alone():
+def test_overlay_tints_everything_but_the_background():
     image = np.full((2, 2, 3), 100, np.uint8)
-    drawn = overlay(image, np.array([[0, 1], [2, IGNORE]], np.uint8))
-    assert (drawn[0, 0] == 100).all() and len(np.unique(drawn.reshape(-1, 3), axis=0)) == 4
+    drawn = PETS.overlay(image, np.array([[0, 1], [2, IGNORE]], np.uint8))
+    tints = [PETS.row(value).tint for value in (1, 2, IGNORE)]
+    expected = [(100, 100, 100), *(tuple((100 + channel) // 2 for channel in tint) for tint in tints)]
+    assert [tuple(pixel) for pixel in drawn.reshape(-1, 3).tolist()] == expected

@@ -1,173 +1,298 @@
-"""utils/evaluation.py: scores that do not depend on how they are computed, and pictures for photographs."""
+"""utils/evaluation.py: scores that do not depend on how they are computed, and the files that show them."""
 
 from __future__ import annotations
 
+import csv
 import json
-import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
-from benchmarks.timing import peak_memory
-from dataset.pet import EpochBatches, PetDataset, find_records, make_loader
-from tests.conftest import run
+from dataset import pet
+from dataset.perturbation import PERTURBATIONS
+from dataset.pet import PetDataset, Record, find_records, make_test_set
+from tests.helpers import CPU, UNET_ARGS, peak_memory, save_model
 from unet.model import UNet
-from utils.dataset import CLASSES
-from utils.evaluation import evaluate, pick_examples, segment
+from unet.test import Config
+from utils import evaluation as module
+from utils.dataset import CLICKS, IGNORE, PETS
+from utils.evaluation import (
+    Evaluation,
+    ImagePrediction,
+    ModelTest,
+    evaluate,
+    pick_examples,
+    plot_confusion,
+    predict_classes,
+    run_test,
+    score,
+)
+from utils.files import InputError
+from utils.helper import load_checkpoint
 from utils.metric import ConfusionMatrix
-
-CPU = torch.device("cpu")
+from utils.predictor import predict_photographs, save_mask
+from utils.robustness import Variant
 
 
 @pytest.fixture
-def model() -> nn.Module:
+def model() -> UNet:
     torch.manual_seed(0)
-    return UNet(base_channels=2).eval()
+    return UNet(**UNET_ARGS).eval()
 
 
-def scores(model, records, batch_size=5, label_size="native"):
-    dataset = PetDataset(records, 32, label_size=label_size)
-    return evaluate(model, make_loader(dataset, EpochBatches(len(dataset), batch_size, shuffle=False), 0), CPU)
+@pytest.fixture
+def records(prepared: Path) -> list[Record]:
+    return find_records(prepared, "Test")
 
 
-def test_batch_size_and_file_order_do_not_change_the_scores(prepared, model):
-    records = find_records(prepared, "Test")
-    expected = scores(model, records).total.counts
-    assert torch.equal(scores(model, records, batch_size=1).total.counts, expected)
-    assert torch.equal(scores(model, records, batch_size=12).total.counts, expected)
-    assert torch.equal(scores(model, records[::-1]).total.counts, expected)
+def evaluate_model(model, records, batch_size=5, label_size="native", **options):
+    test_set = PetDataset(records, 32, label_size=label_size, **options)
+    return evaluate(predict_classes(model), test_set, CPU, batch_size=batch_size)
 
 
-def test_every_pixel_but_the_boundary_is_scored_at_its_own_size(prepared, model):
-    records = find_records(prepared, "Test")
-    evaluation = scores(model, records)
-    expected = [int((record.load_label() != 255).sum()) for record in records]
-    assert evaluation.counts.sum(dim=(1, 2)).tolist() == expected
-    assert scores(model, records, label_size=20).counts.sum() <= 12 * 20 * 20
+def test_scores_are_independent_of_batch_size_and_file_order(records, model):
+    expected = evaluate_model(model, records)
+    for other in (evaluate_model(model, records, 1), evaluate_model(model, records, 12)):
+        assert torch.equal(other.counts, expected.counts) and other.labels == expected.labels
+    reversed_order = evaluate_model(model, records[::-1])
+    assert torch.equal(reversed_order.counts.flip(0), expected.counts)
+    assert torch.equal(reversed_order.total.counts, expected.total.counts)
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is measured on Linux alone")
-def test_memory_does_not_grow_with_the_number_of_images(prepared, model):
-    records = find_records(prepared, "Test")
-    few, many = (peak_memory(CPU, lambda n=n: scores(model, n * records, 4, label_size=512)) for n in (2, 22))
-    assert many < few + 240 * 512 * 512 / 2**20 / 2, "MiB: half a byte for each pixel of the further images"
+def test_every_pixel_but_the_boundary_is_scored_at_the_size_of_the_label(records, model):
+    native = evaluate_model(model, records)
+    assert native.counts.sum(dim=(1, 2, 3)).tolist() == [int((r.load_label() != IGNORE).sum()) for r in records]
+    small = evaluate_model(model, records, label_size=20)
+    assert 0 < small.counts.sum() <= len(records) * 20 * 20
 
 
-class Oracle(nn.Module):
-    """Answers with the brightness of the image: 0, 100, 200 stand for the three classes."""
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is measured on Linux only")
+def test_memory_does_not_grow_with_the_number_of_images(records, model):
+    few, many = (peak_memory(CPU, lambda n=n: evaluate_model(model, n * records, 4, label_size=512)) for n in (2, 12))
+    assert many < few + 120 * 512 * 512 / 2**20 / 2, "MiB: half a byte for each pixel of the further images"
+
+
+class BrightnessModel(nn.Module):
+    """The class is the brightness of the pixel: 0, 100 and 200 are the three classes."""
 
     def forward(self, image):
         value = image[:, :1] * 255
         return -torch.cat([(value - level).abs() for level in (0, 100, 200)], dim=1)
 
 
-def test_a_perfect_prediction_scores_one(base):
-    from dataset.dataset_prep import prepare
-
-    prepare(base)
-    records = find_records(base, "Test")[:3]
-    for record in records:
-        label = record.load_label()
-        half = label.copy()
-        half[:, :] = 0
-        half[: half.shape[0] // 2] = record.species
-        Image.fromarray(half).save(record.label)
-        record.image.unlink()
-        Image.fromarray(np.repeat(half[..., None] * 100, 3, axis=2)).save(record.image, "PNG")
-    metrics = scores(Oracle(), records).metrics()
+def test_perfect_prediction_scores_one(records, tmp_path):
+    half_pets = []
+    for record in records[:3]:
+        label = np.zeros(record.load_label().shape, np.uint8)
+        label[: len(label) // 2] = record.species
+        half_pets.append(
+            Record(record.name, record.species, tmp_path / "T/color/x" / f"{record.name}.png",
+                   tmp_path / "T/label" / f"{record.name}.png")
+        )  # fmt: skip
+        half_pets[-1].image.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.repeat(label[..., None] * 100, 3, axis=2)).save(half_pets[-1].image)
+        save_mask(half_pets[-1].label, label, PETS)
+    metrics = evaluate_model(BrightnessModel(), half_pets).metrics()
+    assert metrics["images"] == 3
     assert metrics["iou"]["mean"] > 0.97 and metrics["pixel_accuracy"] > 0.99
+    assert metrics["per_image_iou"]["worst_5_percent"] > 0.95
+    assert metrics["baseline"]["name"] == "all background"
     assert metrics["baseline"]["pixel_accuracy"] == pytest.approx(0.5, abs=0.01)
-    assert metrics["images"] == 3 and metrics["per_image_iou"]["worst_5_percent"] > 0.95
 
 
-def test_per_image_scores_leave_absent_classes_out(prepared, model):
-    evaluation = scores(model, find_records(prepared, "Test"))
-    for counts, iou in zip(evaluation.counts, evaluation.image_iou):
-        present = [v for v in ConfusionMatrix(CLASSES, counts).iou() if v == v]
-        assert iou == pytest.approx(np.mean(present))
+def test_score_of_an_image_leaves_absent_classes_out(records):
+    """All is predicted as background: an image of a cat has no IoU of dogs, and the other way round."""
+
+    def predict(batch):
+        for label in batch["label"]:
+            yield ImagePrediction(torch.zeros_like(label)[None], label[None])
+
+    evaluation = evaluate(predict, PetDataset(records, 32, label_size="native"), CPU)
+    for record, iou in zip(records, evaluation.image_iou):
+        label = record.load_label()
+        background = (label == 0).sum() / (label != IGNORE).sum()
+        assert iou == pytest.approx(background / 2), "the mean of background and one species, whose IoU is 0"
 
 
-def test_examples_are_picked_by_rule():
+def test_worst_images_are_the_lowest_twentieth():
+    """Of each image another number of 100 background pixels is correct, the others are taken for a cat."""
+    correct = torch.randperm(40, generator=torch.Generator().manual_seed(0)) + 1
+    counts = torch.zeros(40, 1, len(PETS), len(PETS), dtype=torch.int64)
+    counts[:, 0, 0, 0], counts[:, 0, 0, 1] = correct, 100 - correct
+    metrics = Evaluation(counts, [Variant()], PETS, 1.0, [""] * 40, [0] * 40).metrics()
+    mean_iou = [number / 100 / 2 for number in range(1, 41)]  # of background and cat
+    assert metrics["per_image_iou"]["mean"] == pytest.approx(np.mean(mean_iou))
+    assert metrics["per_image_iou"]["worst_5_percent"] == pytest.approx(np.mean(mean_iou[:2]))
+
+
+def test_clean_image_is_variant_0_of_a_test_set_with_perturbations(records, model):
+    chosen = [PERTURBATIONS["occlusion"], PERTURBATIONS["brightness_decrease"]]
+    clean, perturbed = evaluate_model(model, records), evaluate_model(model, records, perturbations=chosen)
+    assert torch.equal(perturbed.counts[:, :1], clean.counts) and clean.counts.shape[1] == 1
+    assert perturbed.metrics() == clean.metrics() and perturbed.images_csv() == clean.images_csv()
+    assert perturbed.counts.shape[1] == 1 + sum(one.draws * (len(one.amounts) - 1) for one in chosen)
+    assert (perturbed.counts.sum(dim=(2, 3)) == clean.counts.sum(dim=(2, 3))).all(), "the same pixels in each variant"
+    strongest = len(chosen[0].amounts) - 1
+    assert not torch.equal(perturbed.counts[:, strongest], clean.counts[:, 0])
+
+
+def test_each_image_is_loaded_once(records, model, monkeypatch):
+    loaded = []
+    load = PetDataset.__getitem__
+
+    def counted(self, key):
+        item = load(self, key)
+        loaded.append(item["name"])
+        return item
+
+    monkeypatch.setattr(pet.PetDataset, "__getitem__", counted)
+    evaluate_model(model, records, perturbations=[PERTURBATIONS["gaussian_blur"]])
+    assert sorted(loaded) == [record.name for record in records]
+
+
+def test_predictions_of_clean_images_are_saved_under_their_suffixes(records, tmp_path):
+    """Two predictions of each image: right and everywhere background."""
+    value = {False: 0, True: 1}
+
+    def predict(batch):
+        for label in batch["label"]:
+            target = (label != 0).to(torch.uint8)
+            masks = torch.stack([target, torch.zeros_like(target)]) * value[batch["perturbation"] is None]
+            yield ImagePrediction(masks, torch.stack([target, target]), ["", "_other"])
+
+    chosen = [PERTURBATIONS["gaussian_blur"]]
+    test_set = PetDataset(records, 32, label_size="native", perturbations=chosen)
+    found = evaluate(predict, test_set, CPU, class_table=CLICKS, masks=tmp_path)
+    for record, counts in zip(records, found.counts):
+        target = record.load_label() != 0
+        assert counts[0].tolist() == [[2 * (~target).sum(), 0], [target.sum(), target.sum()]]
+        for suffix, mask in (("", target), ("_other", np.zeros_like(target))):
+            with Image.open(tmp_path / f"{record.name}{suffix}.png") as picture:
+                assert picture.mode == "P"
+                np.testing.assert_array_equal(CLICKS.decode_label(picture), mask)
+
+
+def test_examples_are_the_best_median_and_worst():
     values = [0.5, 0.1, 0.9, 0.3, 0.7, float("nan"), 0.2, 0.8]
     expected = [("best", 2), ("best", 7), ("median", 4), ("median", 0), ("worst", 6), ("worst", 1)]
     assert pick_examples(values) == expected
     assert pick_examples([0.4]) == [("best", 0)]
 
 
-def test_segment_answers_at_the_picture_s_own_size(model):
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (37, 91, 3), dtype=np.uint8))
-    classes = segment(model, picture, 32, CPU)
-    assert classes.shape == (37, 91) and classes.dtype == np.uint8 and classes.max() <= 2
+def test_confusion_figure_shows_shares_of_the_true_class():
+    figure = plot_confusion(np.array([[6_000_000, 2_000_000], [0, 0]]), ("ground", "object"), "title")
+    axis = figure.axes[0]
+    np.testing.assert_array_equal(axis.images[0].get_array(), [[0.75, 0.25], [0, 0]])
+    assert [text.get_text() for text in axis.texts][:2] == ["75.0%\n6.00 M px", "25.0%\n2.00 M px"]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["ground", "object"]
+    assert axis.get_ylabel() == "true class" and figure.get_suptitle() == "title"
 
 
-def test_scored_by_the_script(prepared, trained, tmp_path):
-    result = run(
-        "unet/test.py", "--checkpoint", trained / "best.pt", "--data", prepared, "--out", tmp_path, "--workers", 1
-    )
-    assert result.returncode == 0, result.stderr
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics["images"] == 12 and metrics["score_size"] == "native" and metrics["synthetic"]
-    for kind in ("iou", "dice", "accuracy"):
-        assert set(metrics[kind]) == {"background", "cat", "dog", "mean"}
-        assert all(0 <= value <= 1 for value in metrics[kind].values())
-    assert set(metrics["per_image_iou"]) == {"mean", "worst_5_percent"} and metrics["baseline"]["iou"]["cat"] == 0
-    assert "synthetic" in result.stdout and str(tmp_path / "predictions.png") in result.stdout
-    for picture in ("confusion.png", "predictions.png"):
-        assert Image.open(tmp_path / picture).width > 400
-
-    other = run(
-        "unet/test.py", "--checkpoint", trained / "best.pt", "--data", prepared, "--out", tmp_path / "256",
-        "--score-size", 256, "--batch-size", 1, "--limit", 3, "--device", "cpu",
-    )  # fmt: skip
-    assert other.returncode == 0, other.stderr
-    metrics = json.loads((tmp_path / "256/metrics.json").read_text())
-    assert metrics["score_size"] == 256 and metrics["images"] == 3 and metrics["pixels"] <= 3 * 256 * 256
+def model_test(model, prepared, out, **settings) -> ModelTest:
+    checkpoint = save_model(out / "best.pt", model, "unet", UNET_ARGS)
+    config = Config(checkpoint=checkpoint, data=prepared, workers=0, device="cpu", **settings)
+    return ModelTest(model, load_checkpoint(checkpoint), make_test_set(config, 32), config, CPU)
 
 
-def test_default_folder_is_beside_the_checkpoint(prepared, trained, tmp_path):
-    run_folder = shutil.copytree(trained, tmp_path / "run")
-    result = run("unet/test.py", "--checkpoint", run_folder / "last.pt", "--data", prepared)
-    assert result.returncode == 0, result.stderr
-    assert (run_folder / "test/metrics.json").exists()
+@pytest.fixture
+def figures(monkeypatch) -> dict[str, Figure]:
+    """The figures that a test saves, by file name."""
+    saved = {}
+    monkeypatch.setattr(module, "save_figure", lambda figure, path: saved.update({path.name: figure}))
+    return saved
 
 
-def test_photographs_without_labels(trained, tmp_path):
-    photos = tmp_path / "photos"
-    (photos / "below").mkdir(parents=True)
-    pixels = np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(photos / "a.jpg")
-    Image.fromarray(pixels).convert("RGBA").save(photos / "a.png")
-    Image.fromarray(pixels[..., 0]).save(photos / "below" / "grey.png")
-    turned = Image.fromarray(pixels)
-    turned.getexif()[0x0112] = 6  # EXIF: turn by 90 degrees to show it upright
-    turned.save(photos / "turned.jpg", exif=turned.getexif())
-    (photos / "notes.txt").write_text("no picture, no matter")
-    result = run("unet/test.py", "--checkpoint", trained / "best.pt", "--images", photos, "--out", tmp_path / "out")
-    assert result.returncode == 0, result.stderr
-    sizes = {}
-    for path in (tmp_path / "out").glob("*_mask.png"):
-        mask = Image.open(path)
-        overlaid = Image.open(path.with_name(path.name.replace("_mask.png", "_overlay.jpg")))
-        assert mask.mode == "P" and mask.size == overlaid.size and np.asarray(mask).max() <= 2
-        sizes[path.name] = mask.size
-    assert sizes == {
-        "a_mask.png": (90, 60), "a-2_mask.png": (90, 60), "grey_mask.png": (90, 60), "turned_mask.png": (60, 90)
-    }  # fmt: skip
+@pytest.mark.parametrize("score_size", ["native", 40])
+def test_example_figure_shows_the_masks_that_were_written(prepared, records, model, tmp_path, monkeypatch, figures,
+                                                          score_size):  # fmt: skip
+    """Every mask is overwritten between the evaluation and the figure."""
+    dog = PETS.value("dog")
 
-    (photos / "folder.jpg").mkdir()
-    shutil.copytree(tmp_path / "out", photos / "masks")
-    again = run("unet/test.py", "--checkpoint", trained / "best.pt", "--images", photos, "--out", photos / "masks")
-    assert again.returncode == 0 and "4 pictures segmented" in again.stdout, "its own output is not segmented"
-    result = run("unet/test.py", "--checkpoint", trained / "best.pt", "--images", photos, "--out", photos)
-    assert result.returncode == 1 and "choose another --out" in result.stderr
-    shutil.rmtree(photos / "masks")
+    def tampered(*arguments, masks, **options):
+        result = evaluate(*arguments, masks=masks, **options)
+        for path in masks.iterdir():
+            with Image.open(path) as mask:
+                size = mask.size[::-1]
+            save_mask(path, np.full(size, dog, np.uint8), PETS)
+        return result
 
-    (photos / "broken.jpg").write_bytes(b"\xff\xd8 broken")
-    result = run("unet/test.py", "--checkpoint", trained / "best.pt", "--images", photos, "--out", tmp_path / "again")
-    assert result.returncode == 1 and "broken.jpg" in result.stderr and "4 pictures segmented" in result.stdout
-    result = run("unet/test.py", "--checkpoint", trained / "best.pt", "--images", tmp_path / "nowhere")
-    assert result.returncode == 1 and "does not exist" in result.stderr
+    monkeypatch.setattr(module, "evaluate", tampered)
+    test = model_test(model, prepared, tmp_path, score_size=score_size)
+    score(test)
+    figure = figures["predictions.png"]
+    assert figure.get_suptitle() == test.note != ""
+    by_name = {record.name: record for record in records}
+    rows = np.reshape(figure.axes, (-1, 3))
+    assert [axis.get_title() for axis in rows[0]] == ["photograph", "truth", "prediction"]
+    assert [row[0].get_ylabel().split(":")[0] for row in rows] == 2 * ["best"] + 2 * ["median"] + 2 * ["worst"]
+    for row in rows:
+        record = by_name[row[0].get_ylabel().split(": ")[1].split("\n")[0]]
+        photo, truth, prediction = (np.asarray(axis.images[0].get_array()) for axis in row)
+        label = record.load_label()
+        if score_size == "native":
+            np.testing.assert_array_equal(truth, PETS.overlay(photo, label))
+        assert photo.shape[:2] == (label.shape if score_size == "native" else (40, 40))
+        np.testing.assert_array_equal(prediction, PETS.overlay(photo, np.full(photo.shape[:2], dog, np.uint8)))
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == [*PETS.names[1:], "boundary, not scored"]
+
+
+def test_files_of_a_test(prepared, records, model, tmp_path, figures):
+    """In a folder that holds the files of an earlier test, under perturbations."""
+    results = tmp_path / "test"
+    results.mkdir()
+    for name in ("robustness.json", "robustness.csv", "robustness.png"):
+        (results / name).write_text("old")
+    text = score(model_test(model, prepared, tmp_path))
+    assert not list(results.glob("robustness.*"))
+    metrics = json.loads((results / "metrics.json").read_text())
+    assert metrics["model"] == "unet" and metrics["epoch"] == 1 and metrics["seed"] == 0 and metrics["synthetic"]
+    assert metrics["images"] == len(records) and metrics["config"]["data"] == str(prepared)
+    assert metrics["parameters"] == metrics["trained_parameters"] == sum(p.numel() for p in model.parameters())
+    assert f"{100 * metrics['iou']['mean']:.1f}" in text and str(results / "metrics.json") in text
+    assert set(figures) == {"confusion.png", "predictions.png"}
+    with (results / "images.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == [record.name for record in records]
+    pairs = [f"{truth}/{prediction}" for truth in PETS.names for prediction in PETS.names]
+    assert sum(int(row[pair]) for row in rows for pair in pairs) == metrics["pixels"]
+    for row in rows:
+        counts = torch.tensor([int(row[pair]) for pair in pairs]).view(len(PETS), len(PETS))
+        present = [value for value in ConfusionMatrix(PETS.names, counts).iou() if value == value]
+        assert float(row["iou"]) == pytest.approx(np.mean(present), abs=1e-4)
+
+
+def test_checkpoint_of_other_classes_is_refused_before_the_work(prepared, model, tmp_path):
+    test = model_test(model, prepared, tmp_path)
+    test.checkpoint["class_table"] = CLICKS.as_plain_dict()
+    with pytest.raises(InputError, match=r"best\.pt was trained on the classes ground, object, .* has background, cat"):
+        score(test)
+    assert not (tmp_path / "test").exists()
+
+
+def test_unknown_perturbation_is_refused_before_the_work(prepared, model, tmp_path):
+    checkpoint = save_model(tmp_path / "best.pt", model, "unet", UNET_ARGS)
+    config = Config(checkpoint=checkpoint, data=prepared, perturb=["fog"], device="cpu")
+    with pytest.raises(InputError, match="--perturb fog: no such perturbation, there are gaussian_noise,"):
+        run_test(config, UNet, "unet", make_test_set)
+    assert list(tmp_path.iterdir()) == [checkpoint]
+
+
+def test_photographs_cannot_be_perturbed():
+    with pytest.raises(InputError, match="--perturb scores a split"):
+        Config(images=[Path("cat.jpg")], perturb=[])
+
+
+@pytest.mark.parametrize(
+    ("prompted", "point", "message"),
+    [(True, None, "give one as --point X,Y"), (False, (1, 2), "--point: this model is not prompted")],
+)
+def test_only_prompted_models_take_a_click(tmp_path, prompted, point, message):
+    with pytest.raises(InputError, match=message):
+        predict_photographs(SimpleNamespace(prompted=prompted), [tmp_path], tmp_path / "masks", point)

@@ -1,81 +1,173 @@
-"""dataset/exploration.py: its numbers against the files, and data of one species."""
+"""dataset/exploration.py: its numbers against the files, and its figures against the numbers."""
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from PIL import Image
 
-from dataset.exploration import format_summary, measure, summarize
+from dataset.exploration import format_summary, main, measure, plot_augmented, plot_data, plot_sheet, summarize
 from dataset.pet import find_records
-from tests.conftest import run
-from utils.dataset import SPECIES
+from utils.dataset import IGNORE, PETS
+from utils.files import InputError
+from utils.image import load_picture
 
-FIGURES = {"breeds.png", "photographs.png", "pixels.png", "places.png", "sizes.png", "species.png"}
+
+@pytest.fixture(scope="module")
+def records(prepared):
+    return {split: find_records(prepared, split) for split in ("TrainVal", "Test")}
 
 
-def test_the_numbers_are_those_of_the_files(prepared):
-    records = find_records(prepared, "TrainVal")
-    summary = summarize({"TrainVal": measure("TrainVal", records)})
+@pytest.fixture(scope="module")
+def measured(records):
+    return {split: measure(split, records[split]) for split in records}
+
+
+@pytest.fixture(scope="module")
+def summary(measured):
+    return summarize(measured)
+
+
+@pytest.fixture(scope="module")
+def figures(measured, summary):
+    return plot_data(measured, summary)
+
+
+def legend(axis: Axes) -> list[str]:
+    return [text.get_text() for text in axis.get_legend().get_texts()]
+
+
+def test_the_numbers_are_those_of_the_files(prepared, records, summary):
     assert summary["images"] == {
-        "TrainVal": {"cats": 4, "dogs": 8}, "TrainVal, balanced": {"cats": 8, "dogs": 8},
+        "TrainVal": {"cats": 4, "dogs": 8}, "Test": {"cats": 4, "dogs": 8},
+        "TrainVal, balanced": {"cats": 8, "dogs": 8},
     }  # fmt: skip
-    assert summary["breeds"] == {"Synthetic_cat (cat)": 4, "synthetic_dog (dog)": 8}
+    assert summary["breeds"] == {"Synthetic_cat (cat)": 8, "synthetic_dog (dog)": 16}
 
-    labels = [np.asarray(Image.open(record.label)) for record in records]
-    pixels = np.concatenate([label.ravel() for label in labels])
-    for name, value in (("background", 0), ("cat", 1), ("dog", 2), ("boundary", 255)):
-        assert summary["pixel_share"]["TrainVal"][name] == pytest.approx((pixels == value).mean())
-    assert sum(summary["pixel_share"]["TrainVal, balanced"].values()) == pytest.approx(1)
-    assert summary["pixel_share"]["TrainVal, balanced"]["cat"] > summary["pixel_share"]["TrainVal"]["cat"]
+    labels = {split: [np.asarray(Image.open(record.label)) for record in records[split]] for split in records}
+    pixels = np.concatenate([label.ravel() for label in labels["TrainVal"]])
+    shares = summary["pixel_share"]
+    for name, value in (("background", 0), ("cat", 1), ("dog", 2), ("boundary", IGNORE)):
+        assert shares["TrainVal"][name] == pytest.approx((pixels == value).mean()), name
+    assert sum(shares["TrainVal, balanced"].values()) == pytest.approx(1)
+    assert shares["TrainVal, balanced"]["cat"] > shares["TrainVal"]["cat"]
 
-    widths = [label.shape[1] for label in labels]
+    every = [(label, record) for split in records for label, record in zip(labels[split], records[split])]
+    widths = [label.shape[1] for label, _ in every]
     assert (summary["width"]["min"], summary["width"]["max"]) == (min(widths), max(widths))
     assert summary["width"]["median"] == np.median(widths)
-    ratios = [label.shape[1] / label.shape[0] for label in labels]
+    ratios = [label.shape[1] / label.shape[0] for label, _ in every]
     assert summary["aspect_ratio"]["95 %"] == pytest.approx(np.quantile(ratios, 0.95), abs=1e-4)
-    shares = [(label == 1).sum() / (label != 255).sum() for label, r in zip(labels, records) if r.species == 1]
-    assert summary["pet_share"]["cats"]["max"] == pytest.approx(max(shares), abs=1e-4)
-    assert "TrainVal, balanced" in format_summary(prepared, summary)
+    cats = [(label == 1).sum() / (label != IGNORE).sum() for label, record in every if record.species == 1]
+    assert summary["pet_share"]["cats"]["max"] == pytest.approx(max(cats), abs=1e-4)
+
+    text = format_summary(prepared, summary)
+    for part in (*summary["images"], *shares["Test"], *summary["pet_share"], "2 breeds", f"{max(widths)}"):
+        assert part in text, part
 
 
-def test_the_map_is_where_the_pets_are(prepared):
-    for record, measured in zip(find_records(prepared, "Test"), measure("Test", find_records(prepared, "Test"))):
+def test_the_position_map_is_where_the_pet_is(records, measured):
+    for record, image in zip(records["Test"], measured["Test"]):
         label = np.asarray(Image.open(record.label))
-        rows, columns = np.nonzero(label == record.species)
-        map_rows, map_columns = np.nonzero(measured.pet)
-        assert (map_rows.mean() + 0.5) / len(measured.pet) == pytest.approx(rows.mean() / label.shape[0], abs=0.02)
-        assert (map_columns.mean() + 0.5) / len(measured.pet) == pytest.approx(
-            columns.mean() / label.shape[1], abs=0.02
-        )
+        for axis in (0, 1):
+            expected = np.nonzero(label == record.species)[axis].mean() / label.shape[axis]
+            found = (np.nonzero(image.pet)[axis].mean() + 0.5) / len(image.pet)
+            assert found == pytest.approx(expected, abs=0.02), (record.name, axis)
 
 
-def test_the_script_draws_all_of_it(prepared, tmp_path):
-    result = run("dataset/exploration.py", prepared, "--out", tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert {path.name for path in tmp_path.iterdir()} == FIGURES | {"summary.json"}
-    assert all(Image.open(tmp_path / name).width > 500 for name in FIGURES)
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["synthetic"] and list(summary["images"]) == ["TrainVal", "Test", "TrainVal, balanced"]
-    assert "dogs per cat" in result.stdout and "2.00" in result.stdout and str(tmp_path / "sizes.png") in result.stdout
+def test_the_species_figure_shows_the_counts(figures, summary):
+    [axis] = figures["species"].axes
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == list(summary["images"])
+    for bars, (folder, value) in zip(axis.containers, PETS.species.items(), strict=True):
+        assert bars.get_label() == folder
+        assert [bar.get_height() for bar in bars] == [counts[folder] for counts in summary["images"].values()]
+        assert {to_rgb(bar.get_facecolor()) for bar in bars} == {PETS.plot_color(value)}
+    assert [text.get_text() for text in figures["species"].legends[0].get_texts()] == list(PETS.species)
 
 
-@pytest.mark.parametrize("species", SPECIES)
-def test_one_species_is_drawn_too(species, base, tmp_path):
-    for path in base.rglob("*ynthetic_*"):
-        if species[:3] not in path.name:
-            path.unlink()
-    result = run("dataset/dataset_prep.py", base)
-    assert result.returncode == 0, result.stderr
-    result = run("dataset/exploration.py", base, "--out", tmp_path / "out")
-    assert result.returncode == 0, result.stderr
-    summary = json.loads((tmp_path / "out/summary.json").read_text())
-    assert len(summary["breeds"]) == 1 and "TrainVal, balanced" not in summary["images"]
-    assert {path.name for path in (tmp_path / "out").iterdir()} == FIGURES | {"summary.json"}
+def test_the_breeds_figure_shows_a_bar_per_breed(figures, summary):
+    [axis] = figures["breeds"].axes
+    bars = {bars.get_label(): [bar.get_width() for bar in bars] for bars in axis.containers}
+    assert bars == {"cats": [8], "dogs": [16]}
+    assert [tick.get_text() for tick in axis.get_yticklabels()] == ["synthetic dog", "Synthetic cat"]
 
 
-def test_what_is_not_prepared_says_so(originals):
-    result = run("dataset/exploration.py", originals)
-    assert result.returncode == 1 and "is not prepared. Run: python dataset/dataset_prep.py" in result.stderr
+def test_the_sizes_figure_shows_every_photograph(figures, measured):
+    scatter, histogram = figures["sizes"].axes
+    for line, value in zip(scatter.lines, PETS.species.values(), strict=True):
+        every = [image for images in measured.values() for image in images if image.species == value]
+        assert list(map(tuple, line.get_xydata())) == [(image.width, image.height) for image in every]
+        assert line.get_label() == PETS.row(value).folder
+    assert (scatter.get_xlabel(), scatter.get_ylabel()) == ("width, pixels", "height, pixels")
+    assert histogram.get_xlabel() == "width / height" and legend(histogram) == list(PETS.species)
+    count = max(patch.get_xy()[:, 1].max() for patch in histogram.patches)
+    assert 0 < count <= 16, "photographs in the highest bin"
+
+
+def test_the_pixels_figure_shows_the_shares(figures, summary):
+    stacked, histogram = figures["pixels"].axes
+    shares = summary["pixel_share"]
+    assert [tick.get_text() for tick in stacked.get_yticklabels()] == list(shares)
+    bars = {bars.get_label(): [bar.get_width() for bar in bars] for bars in stacked.containers}
+    names = [PETS.row(value).name for value in (*range(len(PETS)), IGNORE)]
+    assert list(bars) == names == legend(stacked)
+    for name in names:
+        assert bars[name] == pytest.approx([100 * part[name] for part in shares.values()]), name
+    ends = [bar.get_x() + bar.get_width() for bar in stacked.containers[-1]]
+    assert ends == pytest.approx([100] * len(shares)), "the bars fill the width"
+    assert "pet" in histogram.get_xlabel() and legend(histogram) == list(PETS.species)
+
+
+def test_the_places_figure_shows_the_mean_position_map_of_each_species(figures, measured):
+    *maps, colorbar = figures["places"].axes
+    assert colorbar.get_ylabel() == "photographs with a pet there, %"
+    for axis, (folder, value) in zip(maps, PETS.species.items(), strict=True):
+        pets = [image.pet for images in measured.values() for image in images if image.species == value]
+        np.testing.assert_allclose(axis.images[0].get_array(), 100 * np.mean(pets, axis=0))
+        assert axis.get_title() == folder
+
+
+def test_the_contact_sheets_show_photographs_with_their_labels(records):
+    by_name = {record.name: record for record in records["TrainVal"]}
+    sheet = plot_sheet(records["TrainVal"], seed=0)
+    shown = [axis for axis in sheet.axes if axis.images]
+    assert {axis.get_title() for axis in shown} == set(by_name)
+    for axis in shown:
+        record = by_name[axis.get_title()]
+        expected = PETS.overlay(np.asarray(load_picture(record.image)), record.load_label())
+        np.testing.assert_array_equal(axis.images[0].get_array(), expected, err_msg=record.name)
+    legends = [text.get_text() for text in sheet.legends[0].get_texts()]
+    assert legends == ["cat", "dog", "boundary, not scored"]
+
+    many = [*records["TrainVal"], *records["Test"], *records["TrainVal"]]  # more than fit on the sheet
+    first, other = ([axis.get_title() for axis in plot_sheet(many, seed).axes if axis.images] for seed in (0, 1))
+    assert len(first) < len(many) and first != other, "the seed selects the photographs"
+
+
+def test_the_augmented_sheet_shows_each_photograph_in_several_epochs(records):
+    shown = [axis for axis in plot_augmented(records["TrainVal"], seed=0, size=32).axes if axis.images]
+    plain = [axis for axis in shown if axis.get_title() in {record.name for record in records["TrainVal"]}]
+    assert 0 < len(plain) < len(shown)
+    pictures = {axis.images[0].get_array().tobytes() for axis in shown}
+    assert len(pictures) > 0.9 * len(shown), "each epoch shows another augmentation"
+
+
+@pytest.mark.parametrize("species", PETS.species.values(), ids=PETS.species)
+def test_data_of_one_species_are_drawn_too(species, measured):
+    split = [image for image in measured["TrainVal"] if image.species == species]
+    alone = summarize({"TrainVal": split})
+    assert len(alone["breeds"]) == 1 and "TrainVal, balanced" not in alone["images"]
+    figures = plot_data({"TrainVal": split}, alone)
+    folder = PETS.row(species).folder
+    for name in ("sizes", "pixels"):
+        assert legend(figures[name].axes[1]) == [folder], name
+    assert [axis.get_title() for axis in figures["places"].axes[:-1]] == [folder]
+    assert folder in format_summary(split[0].name, alone)
+
+
+def test_unprepared_data_name_the_command(originals, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["exploration.py", str(originals)])
+    with pytest.raises(InputError, match=r"is not prepared\. Run: python dataset/dataset_prep\.py"):
+        main()

@@ -1,4 +1,4 @@
-"""utils/helper.py: what a checkpoint file may be."""
+"""utils/helper.py: checkpoints, and rebuilding a model from one."""
 
 from __future__ import annotations
 
@@ -7,33 +7,34 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from models import load_model
+from point_clip.model import PointClip
+from tests.helpers import CPU, save_model, tiny_clip_encoder
 from unet.model import UNet
+from utils.dataset import CLICKS, PETS
 from utils.files import InputError
 from utils.helper import (
+    class_table_of,
+    describe_environment,
     load_checkpoint,
-    load_model,
-    pick_device,
-    random_state,
+    load_model_state,
+    model_state,
+    restore_model,
     save_checkpoint,
-    set_random_state,
-    to_device,
 )
 
 
 def checkpoint() -> dict:
     model = UNet(base_channels=2)
     return {
-        "model_name": "unet",
-        "model": model.state_dict(),
-        "model_args": {"base_channels": 2},
-        "config": {},
-        "epoch": 1,
-    }
+        "model_name": "unet", "model": model.state_dict(), "model_args": {"base_channels": 2}, "config": {}, "epoch": 1,
+    }  # fmt: skip
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-def test_a_full_disk_is_named_and_spares_the_old_file(tmp_path, monkeypatch):
+def test_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "last.pt"
     save_checkpoint(path, checkpoint())
     before = path.read_bytes()
@@ -51,13 +52,13 @@ class Attack:
         return print, ("this would have run",)
 
 
-def test_missing():
+def test_missing_checkpoint_names_the_script_that_trains():
     with pytest.raises(InputError, match=r"no such checkpoint.*python unet/train\.py"):
         load_checkpoint(Path("nowhere/best.pt"), "unet")
 
 
 @pytest.mark.parametrize("kept", [0, 10, 1000, -100])
-def test_truncated(tmp_path, kept):
+def test_truncated_checkpoint_is_named(tmp_path, kept):
     path = tmp_path / "best.pt"
     save_checkpoint(path, checkpoint())
     path.write_bytes(path.read_bytes()[:kept])
@@ -65,21 +66,19 @@ def test_truncated(tmp_path, kept):
         load_checkpoint(path, "unet")
 
 
-def test_not_a_checkpoint(tmp_path):
+def test_other_files_are_not_checkpoints(tmp_path):
     path = tmp_path / "best.pt"
     path.write_text("epoch,loss\n1,2\n")
     with pytest.raises(InputError, match="not a checkpoint"):
         load_checkpoint(path, "unet")
-    torch.save({**checkpoint(), "model_args": 3}, path)
-    with pytest.raises(InputError, match="not a checkpoint of this repository"):
-        load_checkpoint(path, "unet")
-    torch.save({"weights": torch.zeros(3)}, path)
-    with pytest.raises(InputError, match="not a checkpoint of this repository"):
-        load_checkpoint(path, "unet")
+    for content in ({**checkpoint(), "model_args": 3}, {"weights": torch.zeros(3)}):
+        torch.save(content, path)
+        with pytest.raises(InputError, match="not a checkpoint of this repository"):
+            load_checkpoint(path, "unet")
 
 
 @pytest.mark.parametrize("writer", ["torch", "pickle"])
-def test_code_is_refused(tmp_path, capsys, writer):
+def test_code_in_a_checkpoint_is_not_executed(tmp_path, capsys, writer):
     path = tmp_path / "best.pt"
     content = {**checkpoint(), "extra": Attack()}
     torch.save(content, path) if writer == "torch" else path.write_bytes(pickle.dumps(content))
@@ -88,36 +87,69 @@ def test_code_is_refused(tmp_path, capsys, writer):
     assert "would have run" not in capsys.readouterr().out
 
 
-def test_of_another_model(tmp_path):
+def test_checkpoint_of_another_model_is_refused(tmp_path):
     path = tmp_path / "best.pt"
     save_checkpoint(path, checkpoint())
     with pytest.raises(InputError, match="holds a unet model, expected autoencoder"):
         load_checkpoint(path, "autoencoder")
 
 
-def test_of_another_architecture(tmp_path):
+def test_checkpoint_of_another_architecture_is_refused(tmp_path):
     path = tmp_path / "best.pt"
     for arguments in ({"base_channels": 3}, {"depth": 5}):
         save_checkpoint(path, {**checkpoint(), "model_args": arguments})
         with pytest.raises(InputError, match="does not fit UNet"):
-            load_model(path, UNet, "unet", torch.device("cpu"))
+            restore_model(path, UNet, "unet", CPU)
 
 
-def test_random_state_round_trip():
-    state = random_state()
-    first = torch.rand(3)
-    set_random_state(state)
-    assert torch.equal(torch.rand(3), first)
+def remove_class_table(path: Path) -> Path:
+    """Make a checkpoint look like one of an earlier version."""
+    old = torch.load(path, weights_only=True)
+    del old["class_table"]
+    save_checkpoint(path, old)
+    return path
 
 
-def test_images_become_floats_on_the_device():
-    image = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1)
-    batch = to_device({"image": image, "name": ["a"]}, torch.device("cpu"))
-    assert batch["image"].flatten().tolist() == pytest.approx([0, 0.2, 1]) and batch["name"] == ["a"]
+def test_old_checkpoint_gets_the_classes_of_its_model(tmp_path):
+    """Checkpoints from before the class table was stored."""
+    save_checkpoint(tmp_path / "unet.pt", checkpoint())
+    assert class_table_of(load_checkpoint(tmp_path / "unet.pt")) == PETS
+    _, loaded = load_model(tmp_path / "unet.pt", CPU)
+    assert class_table_of(loaded) == PETS
+
+    encoder, encoder_args = tiny_clip_encoder()
+    options = {"encoding": "disk", "base_channels": 2, "skips": False}
+    model = PointClip(encoder, **options)
+    path = save_model(tmp_path / "point.pt", model, "point_clip", {"encoder": encoder_args, **options})
+    _, loaded = load_model(remove_class_table(path), CPU)
+    assert class_table_of(loaded) == CLICKS
 
 
-def test_absent_device():
-    if not torch.cuda.is_available():
-        with pytest.raises(InputError, match="--device cuda: this machine has none"):
-            pick_device("cuda")
-    assert pick_device("cpu").type == "cpu"
+def test_class_table_of_the_checkpoint_is_used(tmp_path):
+    """Also where it differs from the default of its model."""
+    path = save_model(tmp_path / "best.pt", UNet(base_channels=2), "unet", {"base_channels": 2})
+    saved = torch.load(path, weights_only=True)
+    save_checkpoint(path, {**saved, "class_table": CLICKS.as_plain_dict()})
+    assert class_table_of(load_model(path, CPU)[1]) == CLICKS
+
+
+def test_external_weights_stay_out_of_checkpoints():
+    def build() -> nn.ModuleDict:
+        model = nn.ModuleDict({"encoder": nn.Linear(2, 2), "head": nn.Linear(2, 1)})
+        model["encoder"].external_weights = True
+        return model
+
+    saved, model = build(), build()
+    state = model_state(saved)
+    assert set(state) == {"head.weight", "head.bias"}
+    own = model["encoder"].weight.clone()
+    load_model_state(model, state)
+    assert torch.equal(model["head"].weight, saved["head"].weight) and torch.equal(model["encoder"].weight, own)
+    with pytest.raises(RuntimeError, match=r"head\.bias"):
+        load_model_state(model, {"head.weight": state["head.weight"]})
+
+
+def test_environment_without_git(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    environment = describe_environment(CPU)
+    assert environment["commit"] is None and environment["torch"] == torch.__version__

@@ -1,4 +1,4 @@
-"""utils/loss.py."""
+"""utils/loss.py: cross-entropy, Dice, and weighted sums of them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import torch
 from torch.nn import functional as F
 
 from utils.dataset import IGNORE
-from utils.loss import SegmentationLoss, cross_entropy, dice_loss
+from utils.loss import LOSSES, SegmentationLoss, cross_entropy, dice_loss
 
-LOSSES = ["cross-entropy", "dice", "cross-entropy+dice"]
+NAMES = [*LOSSES, "cross-entropy+0.5*dice"]
 
 
-def logits_for(target: torch.Tensor, confidence: float, classes: int = 3) -> torch.Tensor:
+def confident_logits(target: torch.Tensor, confidence: float, classes: int = 3) -> torch.Tensor:
     hot = F.one_hot(target.long().clamp(max=classes - 1), classes).permute(0, 3, 1, 2)
     return confidence * hot.float()
 
@@ -23,15 +23,15 @@ def target() -> torch.Tensor:
     return torch.randint(0, 3, (2, 8, 9), generator=generator, dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_good_is_lower_than_bad(name, target):
+@pytest.mark.parametrize("name", NAMES)
+def test_good_logits_have_a_lower_loss(name, target):
     loss = SegmentationLoss(name, "ignore")
-    values = [loss(logits_for(target, confidence), target).item() for confidence in (20, 2, 0, -2, -20)]
+    values = [loss(confident_logits(target, confidence), target).item() for confidence in (20, 2, 0, -2, -20)]
     assert values == sorted(values) and values[0] < 1e-3
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_ignored_pixels_have_no_part(name, target):
+@pytest.mark.parametrize("name", NAMES)
+def test_ignored_pixels_change_nothing(name, target):
     target[:, :3] = IGNORE
     logits = torch.randn(2, 3, 8, 9, requires_grad=True)
     loss = SegmentationLoss(name, "ignore")
@@ -43,16 +43,16 @@ def test_ignored_pixels_have_no_part(name, target):
     assert torch.equal(loss(changed, target), value.detach())
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_only_ignored_pixels_is_zero_and_finite(name):
+@pytest.mark.parametrize("name", NAMES)
+def test_only_ignored_pixels_give_zero(name):
     logits = torch.randn(1, 3, 4, 4, requires_grad=True)
     value = SegmentationLoss(name, "ignore")(logits, torch.full((1, 4, 4), IGNORE, dtype=torch.uint8))
     value.backward()
     assert value.item() == 0 and (logits.grad == 0).all()
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_boundary_as_background(name, target):
+@pytest.mark.parametrize("name", NAMES)
+def test_boundary_is_learned_as_background(name, target):
     target[:, :3] = IGNORE
     merged = target.clone()
     merged[:, :3] = 0
@@ -62,7 +62,15 @@ def test_boundary_as_background(name, target):
     )
 
 
-def test_cross_entropy_is_torch_s(target):
+def test_weights_multiply_the_terms(target):
+    logits = torch.randn(2, 3, 8, 9)
+    expected = 0.25 * cross_entropy(logits, target) + 2 * dice_loss(logits, target)
+    assert SegmentationLoss("0.25*cross-entropy+2*dice", "ignore")(logits, target).item() == pytest.approx(
+        expected.item()
+    )
+
+
+def test_cross_entropy_equals_torch(target):
     logits = torch.randn(2, 3, 8, 9)
     target[0, 0] = IGNORE
     expected = F.cross_entropy(logits, target.long(), ignore_index=IGNORE)
@@ -70,14 +78,14 @@ def test_cross_entropy_is_torch_s(target):
 
 
 def test_dice_by_hand():
-    # Two pixels, both of class 1 with probability 0.5 for it: 2 * 1 / (1 + 2) = 2/3.
+    # Two pixels, both of class 1 with probability 0.5 for it: 2 * 1 / (1 + 2) = 2/3. Class 0 is absent and left out.
     logits = torch.zeros(1, 2, 1, 2)
     assert dice_loss(logits, torch.ones(1, 1, 2, dtype=torch.uint8)).item() == pytest.approx(1 / 3)
     # Half of each class: class 0 and class 1 both have 2 * 0.5 / (1 + 1) = 1/2.
     assert dice_loss(logits, torch.tensor([[[0, 1]]], dtype=torch.uint8)).item() == pytest.approx(1 / 2)
 
 
-@pytest.mark.parametrize("loss", [cross_entropy, dice_loss])
-def test_gradient(loss, target):
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradient_is_the_derivative(name, target):
     logits = torch.randn(2, 3, 8, 9, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda values: loss(values, target), logits)
+    assert torch.autograd.gradcheck(lambda values: LOSSES[name](values, target), logits)

@@ -1,4 +1,4 @@
-"""utils/metric.py: against torchmetrics, by hand, and by what must not matter."""
+"""utils/metric.py: scores against torchmetrics and by hand, and the validation loop."""
 
 from __future__ import annotations
 
@@ -9,10 +9,17 @@ import torch
 import torchmetrics.functional.classification as reference
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 from torchmetrics.functional.segmentation import dice_score
 
-from utils.dataset import CLASSES, IGNORE
-from utils.metric import ConfusionMatrix, nan_mean, predict
+from dataset.pet import make_train_sets
+from tests.helpers import CPU, train_config
+from unet.model import UNet
+from utils.dataset import IGNORE, PETS
+from utils.loader import EpochBatchSampler, make_loader
+from utils.loss import SegmentationLoss
+from utils.metric import ConfusionMatrix, logits_to_classes, nan_mean, validate
+from utils.train import StepOutput
 
 
 def random_masks(seed: int, classes: int = 3, size: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
@@ -24,13 +31,13 @@ def random_masks(seed: int, classes: int = 3, size: int = 24) -> tuple[torch.Ten
 
 
 def matrix(prediction: torch.Tensor, target: torch.Tensor) -> ConfusionMatrix:
-    confusion = ConfusionMatrix(CLASSES)
+    confusion = ConfusionMatrix(PETS.names)
     confusion.update(prediction, target)
     return confusion
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_torchmetrics_agrees(seed):
+def test_scores_equal_torchmetrics(seed):
     prediction, target = random_masks(seed)
     confusion = matrix(prediction, target)
     options = {"num_classes": 3, "ignore_index": IGNORE, "average": "none"}
@@ -49,7 +56,7 @@ def test_torchmetrics_agrees(seed):
     assert confusion.pixel_accuracy() == pytest.approx(micro.item(), abs=1e-6)
 
 
-def test_dice_agrees_with_torchmetrics_segmentation_where_nothing_is_ignored():
+def test_dice_equals_torchmetrics_segmentation():
     prediction, target = random_masks(0)
     target[target == IGNORE] = 0
     expected = dice_score(
@@ -58,7 +65,7 @@ def test_dice_agrees_with_torchmetrics_segmentation_where_nothing_is_ignored():
     torch.testing.assert_close(torch.tensor([matrix(prediction, target).dice()]), expected, atol=1e-6, rtol=0)
 
 
-def test_by_hand():
+def test_scores_by_hand():
     target = torch.tensor([[0, 0, 1, 1, IGNORE, 2]], dtype=torch.uint8)
     prediction = torch.tensor([[0, 1, 1, 1, 2, 0]])
     confusion = matrix(prediction, target)
@@ -70,27 +77,27 @@ def test_by_hand():
     assert baseline["iou"] == {"background": 2 / 5, "cat": 0, "dog": 0, "mean": pytest.approx(2 / 15)}
 
 
-def test_an_absent_class_is_left_out_not_zero():
+def test_absent_class_is_left_out_of_the_mean():
     target = torch.tensor([[0, 0, 1, 1]], dtype=torch.uint8)
     scores = matrix(torch.tensor([[0, 0, 1, 0]]), target).scores()
     assert scores["iou"] == {
         "background": pytest.approx(2 / 3), "cat": 0.5, "dog": None, "mean": pytest.approx((2 / 3 + 1 / 2) / 2)
     }  # fmt: skip
     assert scores["accuracy"]["dog"] is None and scores["dice"]["dog"] is None
-    # Predicted though absent from the truth: a mistake, and it counts.
+    # A class that is absent from the truth but predicted is a mistake and counts.
     assert matrix(torch.tensor([[0, 0, 1, 2]]), target).scores()["iou"]["dog"] == 0
 
 
-def test_nothing_scored_is_none():
-    scores = ConfusionMatrix(CLASSES).scores()
+def test_scores_of_no_pixel_are_none():
+    scores = ConfusionMatrix(PETS.names).scores()
     assert scores["pixel_accuracy"] is None and scores["iou"]["mean"] is None
     assert math.isnan(nan_mean([]))
 
 
 @given(st.integers(0, 100), st.permutations(range(4)), st.integers(1, 4))
-def test_batches_and_order_do_not_matter(seed, order, batch):
+def test_batch_size_and_order_do_not_matter(seed, order, batch):
     prediction, target = random_masks(seed, size=6)
-    confusion = ConfusionMatrix(CLASSES)
+    confusion = ConfusionMatrix(PETS.names)
     order = torch.tensor(order)
     for start in range(0, 4, batch):
         chosen = order[start : start + batch]
@@ -106,12 +113,39 @@ def test_ignored_pixels_never_matter(seed):
 
 
 def test_counts_are_exact_beyond_float32():
-    confusion = ConfusionMatrix(CLASSES, torch.tensor([[2**40 + 1, 0, 0], [0, 1, 0], [0, 0, 0]]))
+    confusion = ConfusionMatrix(PETS.names, torch.tensor([[2**40 + 1, 0, 0], [0, 1, 0], [0, 0, 0]]))
     confusion.update(torch.tensor([[0]]), torch.tensor([[0]], dtype=torch.uint8))
     assert confusion.counts[0, 0] == 2**40 + 2
 
 
-def test_predict():
+def test_class_is_the_largest_logit_or_a_positive_one():
     logits = torch.randn(2, 3, 5, 7)
-    assert torch.equal(predict(logits), logits.argmax(1))
-    assert torch.equal(predict(logits[:, :1]), (logits[:, 0] > 0).long())
+    assert torch.equal(logits_to_classes(logits), logits.argmax(1))
+    assert torch.equal(logits_to_classes(logits[:, :1]), (logits[:, 0] > 0).long())
+
+
+def test_validation_loss_is_the_mean_over_all_images(prepared):
+    """A smaller last batch weighs less."""
+    model, criterion = UNet(base_channels=2), SegmentationLoss("cross-entropy", "background")
+
+    def step(model, batch):
+        logits = model(batch["image"])
+        return StepOutput(criterion(logits, batch["mask"]), logits, batch["mask"])
+
+    _, val_set = make_train_sets(train_config(prepared, prepared, val_fraction=0.5))
+    results = []
+    for batch_size in (1, 4, len(val_set)):
+        loader = make_loader(val_set, EpochBatchSampler(len(val_set), batch_size, shuffle=False), workers=0)
+        results.append(validate(model, step, loader, CPU, PETS.names))
+    losses, matrices = zip(*results)
+    assert len(val_set) % 4, "one batch is smaller"
+    assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-6)
+    assert all(torch.equal(matrix.counts, matrices[0].counts) for matrix in matrices)
+    assert matrices[0].counts.sum() == sum((item["mask"] != IGNORE).sum() for item in val_set)
+
+
+def test_validation_without_logits_is_not_scored(prepared):
+    _, val_set = make_train_sets(train_config(prepared, prepared))
+    loader = make_loader(val_set, EpochBatchSampler(len(val_set), 2, shuffle=False), workers=0)
+    loss, confusion = validate(nn.Identity(), lambda _, batch: StepOutput(batch["image"].mean()), loader, CPU, ["one"])
+    assert 0 < loss < 1 and not confusion.counts.any()

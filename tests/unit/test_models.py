@@ -1,129 +1,229 @@
-"""One contract over all models: images in [0, 1] of any size in, logits of that size out."""
+"""One contract over all models: images in [0, 1] of any size in, logits of that size out. And models.load_model."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from autoencoder.model import build_segmenter
+from autoencoder.model import Autoencoder
+from autoencoder.model import build_segmenter as build_autoencoder_segmenter
 from clip_seg.model import build_segmenter as build_clip_segmenter
-from tests.conftest import TINY_CLIP
+from models import MODELS, load_model
+from point_clip.model import build_point_clip
+from tests.helpers import CPU, TINY_CLIP, save_model
 from unet.model import UNet
-from utils.helper import load_model, save_checkpoint
+from utils.files import InputError
+from utils.helper import class_table_of, load_checkpoint, restore_model, save_checkpoint
+from utils.layers import Normalize
 from utils.loss import cross_entropy
+
+
+def click(images: Tensor) -> Tensor:
+    """One click per image at 3/8 of its edges: inside each square of `draw_squares`."""
+    height, width = images.shape[-2:]
+    return torch.tensor([[3 * width // 8, 3 * height // 8]]).repeat(len(images), 1).float()
+
+
+def call_plain(model: nn.Module, images: Tensor) -> Tensor:
+    return model(images)
+
+
+def call_with_click(model: nn.Module, images: Tensor) -> Tensor:
+    return model(images, click(images))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tiny model. `channels`: of its output (None: one per class); `frozen`: prefix of the parameters that training
+    must not change; `lr`: a learning rate with which it learns quickly."""
+
+    model_name: str
+    build: Callable[..., nn.Module]
+    model_args: dict[str, Any]
+    call: Callable[[nn.Module, Tensor], Tensor] = call_plain
+    channels: int | None = None
+    frozen: str | None = None
+    lr: float = 3e-3
+
+    def is_frozen(self, key: str) -> bool:
+        return self.frozen is not None and key.startswith(self.frozen)
+
 
 CLIP = {
     "clip_model": "none", "architecture": TINY_CLIP, "image_size": 32, "frozen": False, "weights_hash": None,
 }  # fmt: skip
+SMALL_CLIP = CLIP | {"image_size": 16}  # not the size of its weights: positions are interpolated
+WIDE_CLIP = CLIP | {"architecture": TINY_CLIP | {"hidden_size": 64}}
+FROZEN = {"frozen": True}
+UNUSED = "encoder.vision.post_layernorm."  # only serves the pooled token
+ENCODER = "encoder."
 
-# name -> (class, arguments of a tiny one)
-MODELS: dict[str, tuple[Callable[..., nn.Module], dict]] = {
-    "unet": (UNet, {"base_channels": 4}),
-    "autoencoder": (build_segmenter, {"base_channels": 16}),
-    "clip_seg": (build_clip_segmenter, {"encoder": CLIP | {"image_size": 64}, "base_channels": 8}),
-    "clip_seg-frozen-skips": (
-        build_clip_segmenter,
-        {"encoder": CLIP | {"frozen": True}, "base_channels": 8, "skips": True},
-    ),
-    "autoencoder-skips": (build_segmenter, {"base_channels": 16, "skips": True}),
+
+def autoencoder(**model_args: Any) -> Case:
+    return Case(
+        "autoencoder", build_autoencoder_segmenter, {"base_channels": 16, **model_args}, frozen=ENCODER, lr=1e-2
+    )
+
+
+def clip_seg(frozen: str, **model_args: Any) -> Case:
+    return Case("clip_seg", build_clip_segmenter, {"base_channels": 8, **model_args}, frozen=frozen)
+
+
+def point_clip(frozen: str, **model_args: Any) -> Case:
+    model_args = {"base_channels": 8, **model_args}
+    return Case("point_clip", build_point_clip, model_args, call_with_click, channels=1, frozen=frozen)
+
+
+# At least one of each row of models.MODELS, and the first stage of the autoencoder.
+CASES = {
+    "unet": Case("unet", UNet, {"base_channels": 4}),
+    "reconstruction": Case("autoencoder/reconstruction", Autoencoder, {"base_channels": 16}, channels=3),
+    "autoencoder": autoencoder(),
+    "autoencoder-skips": autoencoder(skips=True),
+    "clip_seg": clip_seg(UNUSED, encoder=CLIP),
+    "clip_seg-frozen-skips": clip_seg(ENCODER, encoder=CLIP | FROZEN, skips=True),
+    "point_clip-heatmap": point_clip(UNUSED, encoder=WIDE_CLIP, encoding="heatmap"),
+    "point_clip-heatmap-frozen-skips": point_clip(ENCODER, encoder=WIDE_CLIP | FROZEN, encoding="heatmap", skips=True),
+    "point_clip-disk": point_clip(UNUSED, encoder=SMALL_CLIP, encoding="disk"),
+    "point_clip-disk-frozen-skips": point_clip(ENCODER, encoder=SMALL_CLIP | FROZEN, encoding="disk", skips=True),
 }
 
 
-@pytest.fixture(params=MODELS)
-def name(request) -> str:
-    return request.param
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
 
 
-def build(name: str, num_classes: int = 3) -> nn.Module:
+def build(case: Case, **options: Any) -> nn.Module:
     torch.manual_seed(0)
-    model_class, arguments = MODELS[name]
-    return model_class(num_classes=num_classes, **arguments)
+    return case.build(**case.model_args, **options)
 
 
-@pytest.mark.parametrize("size", [(64, 64), (67, 75), (16, 130)])
+def loss_of(case: Case, model: nn.Module, images: Tensor, mask: Tensor) -> Tensor:
+    """The loss of segmenting `mask`, of segmenting what is clicked, or of reconstructing `images`."""
+    output = case.call(model, images)
+    if case.channels == 3:
+        return F.mse_loss(output, images)
+    if case.channels == 1:
+        return cross_entropy(torch.cat([torch.zeros_like(output), output], dim=1), (mask > 0).to(mask.dtype))
+    return cross_entropy(output, mask)
+
+
+def test_contract_covers_every_model():
+    missing = set(MODELS) - {case.model_name for case in CASES.values()}
+    assert not missing, f"add a Case for {', '.join(sorted(missing))} to CASES in tests/unit/test_models.py"
+
+
 @pytest.mark.parametrize("num_classes", [2, 3])
-def test_logits_have_the_size_of_the_image(name, size, num_classes):
-    logits = build(name, num_classes)(torch.rand(2, 3, *size))
-    assert logits.shape == (2, num_classes, *size) and logits.dtype == torch.float32
+def test_output_has_the_size_of_the_images(case, num_classes):
+    model = build(case, **({} if case.channels else {"num_classes": num_classes}))
+    for size in [(64, 64), (67, 75), (16, 130)]:
+        output = case.call(model, torch.rand(2, 3, *size))
+        assert output.shape == (2, case.channels or num_classes, *size) and output.dtype == torch.float32
 
 
-def test_gradients_reach_all_that_is_trained_and_nothing_else(name):
-    model = build(name).train()
+def test_training_moves_trainable_parameters_only(case):
+    """Gradients too, and batch norm whose weights are frozen keeps its statistics."""
+    model = build(case).train()
+    trainable = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable == {key for key, _ in model.named_parameters() if not case.is_frozen(key)}
     before = {key: value.clone() for key, value in model.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    target = torch.randint(0, 3, (2, 64, 64), dtype=torch.uint8)
+    mask = torch.randint(0, 3, (2, 64, 64), dtype=torch.uint8)
     for _ in range(2):
         optimizer.zero_grad()
-        cross_entropy(model(torch.rand(2, 3, 64, 64)), target).backward()
+        loss_of(case, model, torch.rand(2, 3, 64, 64), mask).backward()
         optimizer.step()
-    trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
     for key, parameter in model.named_parameters():
         has_gradient = parameter.grad is not None and bool((parameter.grad != 0).any())
-        assert has_gradient == parameter.requires_grad, key
-    frozen_norms = {  # batch norm whose weights are frozen must keep its statistics, too
-        f"{prefix}.{statistic}"
-        for prefix, module in model.named_modules()
-        if isinstance(module, nn.BatchNorm2d) and not module.weight.requires_grad
-        for statistic in ("running_mean", "running_var", "num_batches_tracked")
-    }
+        assert has_gradient == (key in trainable), key
     for key, value in model.state_dict().items():
-        if key in frozen_norms or (key not in trained and "running" not in key and "tracked" not in key):
-            assert torch.equal(value, before[key]), f"{key} is frozen but moved"
-        elif key in trained:
+        if key in trainable:
             assert not torch.equal(value, before[key]), f"{key} did not move"
+        elif case.is_frozen(key):
+            assert torch.equal(value, before[key]), f"{key} is frozen but moved"
 
 
-def test_a_batch_of_two_is_two_of_one(name):
-    model = build(name).eval()
+def test_batch_of_two_equals_two_of_one(case):
+    model = build(case).eval()
     images = torch.rand(2, 3, 67, 75)
     with torch.inference_mode():
-        together = model(images)
-        alone = torch.cat([model(images[:1]), model(images[1:])])
+        together = case.call(model, images)
+        alone = torch.cat([case.call(model, images[:1]), case.call(model, images[1:])])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
 
 
-def test_saved_and_rebuilt_it_is_the_same(name, tmp_path):
-    model_class, arguments = MODELS[name]
-    model = build(name)
-    model.train()(torch.rand(4, 3, 64, 64))  # moves the batch-norm statistics
-    model.eval()
-    save_checkpoint(
-        tmp_path / "best.pt",
-        {"model_name": name, "model": model.state_dict(), "model_args": {"num_classes": 3, **arguments}, "config": {}},
-    )
-    rebuilt, _ = load_model(tmp_path / "best.pt", model_class, name, torch.device("cpu"))
-    image = torch.rand(1, 3, 48, 48)
+def test_restored_model_gives_the_same_logits(case, tmp_path):
+    """Bit for bit, from its file alone; a model of models.MODELS through load_model, from the file and the folder."""
+    model = build(case)
+    case.call(model.train(), torch.rand(4, 3, 64, 64))  # moves the batch-norm statistics
+    model.eval().to(memory_format=torch.channels_last)
+    row = MODELS.get(case.model_name)
+    path = save_model(tmp_path / (row.checkpoint if row else "best.pt"), model, case.model_name, case.model_args)
+    torch.manual_seed(1)  # the rebuilt model must not get its weights from the same seed
+    restored = [load_model(str(source), "cpu") for source in (path, tmp_path)] if row else []
+    restored = restored or [restore_model(path, case.build, case.model_name, CPU)]
+    image = torch.rand(1, 3, 48, 40).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
-        expected = model.to(memory_format=torch.channels_last)(image.contiguous(memory_format=torch.channels_last))
-        assert torch.equal(rebuilt(image.contiguous(memory_format=torch.channels_last)), expected)
+        expected = case.call(model, image)
+        for rebuilt, checkpoint in restored:
+            assert torch.equal(case.call(rebuilt, image), expected)
+            assert not rebuilt.training and checkpoint["model_name"] == case.model_name
 
 
-def test_normalization_is_inside_and_not_in_the_checkpoint(name):
-    model = build(name)
-    assert not any("mean" in key and "running" not in key for key in model.state_dict())
-    assert any("mean" in key for key, _ in model.named_buffers())
+def test_normalization_is_inside_and_not_in_the_checkpoint(case):
+    model = build(case)
+    assert not [key for key in model.state_dict() if "mean" in key and "running" not in key]
+    normalizers = [module for module in model.modules() if isinstance(module, Normalize)]
+    assert len(normalizers) == 1
+    inputs: list[Tensor] = []
+    normalizers[0].register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
+    case.call(model, torch.rand(1, 3, 64, 64))
+    assert inputs and all(image.min() >= 0 and 0.5 < image.max() <= 1 for image in inputs)
 
 
-def test_it_overfits_eight_images(name):
-    """Eight images with a square whose class is its color: a model that learns gets nearly every pixel right."""
+def draw_squares() -> tuple[Tensor, Tensor]:
+    """Eight images (8, 3, 64, 64) with a square whose class is its color, and their masks (8, 64, 64)."""
     torch.manual_seed(0)
     images = torch.rand(8, 3, 64, 64) * 0.2
-    target = torch.zeros(8, 64, 64, dtype=torch.uint8)
+    mask = torch.zeros(8, 64, 64, dtype=torch.uint8)
     for index in range(8):
         y, x, label = 8 + 4 * (index % 4), 6 + 4 * (index // 2), 1 + index % 2
         images[index, label, y : y + 24, x : x + 28] += 0.7
-        target[index, y : y + 24, x : x + 28] = label
-    model = build(name).train()
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-3)
-    for _ in range(120):
+        mask[index, y : y + 24, x : x + 28] = label
+    return images, mask
+
+
+def share_learned(case: Case, model: nn.Module, images: Tensor, mask: Tensor) -> float:
+    """The share of correct pixels, or of the images' variance that their reconstructions explain."""
+    with torch.inference_mode():
+        output = case.call(model.eval(), images)
+    if case.channels == 3:
+        return 1 - float(F.mse_loss(output, images) / images.var())
+    correct = (output[:, 0] > 0) == (mask > 0) if case.channels == 1 else output.argmax(dim=1) == mask
+    return float(correct.float().mean())
+
+
+def test_model_overfits_eight_images(case):
+    images, mask = draw_squares()
+    model = build(case)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=case.lr)
+    needed = 0.75 if case.channels == 3 else 0.97  # noise is 0.11 of the variance
+    for step in range(200):
+        if step % 20 == 0 and share_learned(case, model, images, mask) > needed:
+            return
         optimizer.zero_grad()
-        cross_entropy(model(images), target).backward()
+        loss_of(case, model.train(), images, mask).backward()
         optimizer.step()
-    right = (model.eval()(images).argmax(1) == target).float().mean()
-    assert right > 0.97
+    assert share_learned(case, model, images, mask) > needed
 
 
 def test_unet_has_the_size_of_the_design():
@@ -131,3 +231,43 @@ def test_unet_has_the_size_of_the_design():
     assert sum(parameter.numel() for parameter in model.parameters()) == 31_037_763
     assert model.bottleneck[0].in_channels == 512 and model.bottleneck[0].out_channels == 1024
     assert not any(isinstance(module, nn.Softmax) for module in model.modules())
+
+
+def save_case(name: str, path: Path) -> Path:
+    """A checkpoint of a case at `path`."""
+    case = CASES[name]
+    return save_model(path, build(case), case.model_name, case.model_args)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_load_model_returns_the_class_table(name, tmp_path):
+    """The stored one; for a checkpoint from before it was stored, the one of the model's row."""
+    row = MODELS[name]
+    path = save_case(next(key for key, case in CASES.items() if case.model_name == name), tmp_path / "best.pt")
+    renamed = dataclasses.replace(row.classes.rows[-1], name="ferret")
+    table = dataclasses.replace(row.classes, rows=(*row.classes.rows[:-1], renamed))
+    stored = load_checkpoint(path)
+    for class_table, expected in ((table.as_plain_dict(), table), (None, row.classes)):
+        stored["class_table"] = class_table
+        save_checkpoint(path, {key: value for key, value in stored.items() if value is not None})
+        assert class_table_of(load_model(path, CPU)[1]) == expected
+
+
+def test_load_model_refuses_a_first_stage(tmp_path):
+    path = save_case("reconstruction", tmp_path / "best.pt")
+    with pytest.raises(InputError, match=rf"holds a autoencoder/reconstruction model; .* knows {', '.join(MODELS)}"):
+        load_model(path)
+
+
+def test_load_model_needs_a_checkpoint(tmp_path):
+    with pytest.raises(InputError, match=r"holds no best\.pt: give the folder of a finished run"):
+        load_model(tmp_path)
+    with pytest.raises(InputError, match=r"none\.pt: no such checkpoint"):
+        load_model(tmp_path / "none.pt")
+
+
+@pytest.mark.parametrize("name", ["unet", "autoencoder"])
+def test_clip_model_is_refused_for_models_without_clip(name, tmp_path):
+    path = save_case(name, tmp_path / "best.pt")
+    with pytest.raises(InputError, match=rf"--clip-model: .* holds a {name} model, which has no CLIP"):
+        load_model(path, clip_model="anywhere")

@@ -1,8 +1,7 @@
-"""dataset/originals.py: layouts, lists and names as they come; the download."""
+"""dataset/originals.py: both layouts, lists and names in every form, the download."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -13,34 +12,44 @@ from PIL import Image
 
 from dataset import dataset_prep
 from dataset.dataset_prep import prepare
-from tests.conftest import DOG, TRIMAP, assert_left_out, left_out, run, state, to_report_layout
+from tests.helpers import left_out, state, to_report_layout
 from utils.dataset import IGNORE
-from utils.files import InputError
+from utils.files import InputError, read_json
 
 
-def unlist(base: Path, name: str, file: str) -> None:
+def remove_from_list(base: Path, name: str, file: str) -> None:
     path = base / f"annotations/{file}.txt"
     path.write_text("".join(line for line in path.open() if line.split()[0] != name))
 
 
+# The file that is left out, the change that causes it, and the reason in the report.
 DAMAGES = {
-    "image without a label": (lambda b: (b / TRIMAP).unlink(), DOG, "without a label"),
-    "label without an image": (lambda b: (b / DOG).unlink(), TRIMAP, "without an image"),
-    "in no list": (lambda b: unlist(b, "synthetic_dog_1", "trainval"), DOG, "in no list"),
-    "unreadable line": (lambda b: (b / "annotations/test.txt").open("a").write("a_dog one two\n"),
-                        "annotations/test.txt:13", "cannot read the line"),
-    "not a picture's suffix": (lambda b: (b / "images/synthetic_dog_1.mat").write_text("x"),
-                               "images/synthetic_dog_1.mat", "not a picture by its suffix"),
-    "two pictures of a name": (lambda b: Image.open(b / DOG).save(b / "images/synthetic_dog_1.png"),
-                               "images/synthetic_dog_1.png", "same name"),
+    "images/synthetic_dog_1.jpg": (lambda b: (b / "annotations/trimaps/synthetic_dog_1.png").unlink(),
+                                   "image without a label"),
+    "annotations/trimaps/synthetic_dog_3.png": (lambda b: (b / "images/synthetic_dog_3.jpg").unlink(),
+                                                "label without an image"),
+    "images/synthetic_dog_5.jpg": (lambda b: remove_from_list(b, "synthetic_dog_5", "trainval"), "in no list"),
+    "annotations/test.txt:13": (lambda b: (b / "annotations/test.txt").open("a").write("a_dog one two\n"),
+                                "cannot read the line"),
+    "images/synthetic_dog_7.mat": (lambda b: (b / "images/synthetic_dog_7.mat").write_text("x"),
+                                   "not a picture by its suffix"),
+    "images/synthetic_dog_9.png": (lambda b: Image.open(b / "images/synthetic_dog_9.jpg").save(
+                                       b / "images/synthetic_dog_9.png"), "same name"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", DAMAGES)
-def test_what_cannot_be_used_is_left_out_and_named(base, kind):
-    damage, file, reason = DAMAGES[kind]
-    damage(base)
-    assert_left_out(base, file, reason)
+def test_unusable_files_are_left_out_with_the_reason(base):
+    images = {path.stem for path in (base / "images").iterdir()}
+    for damage, _ in DAMAGES.values():
+        damage(base)
+    reasons = left_out(base)
+    listed = "annotations/trainval.txt: synthetic_dog_3"  # its image is gone, so its entry is left out as well
+    assert reasons.pop(listed) == "no such image"
+    assert set(reasons) == set(DAMAGES)
+    for file, (_, expected) in DAMAGES.items():
+        assert expected in reasons[file], file
+    lost = {f"synthetic_dog_{number}" for number in (1, 3, 5)}  # of the other changes, an intact pair remains
+    assert {path.stem for path in base.glob("*/color/*/*.jpg")} == images - lost
 
 
 def test_original_layout(base, originals):
@@ -72,7 +81,7 @@ def test_report_layout_in_every_label_mode(prepared, tmp_path, mode):
         np.testing.assert_array_equal(np.asarray(Image.open(same)), np.asarray(Image.open(path)))
 
 
-def test_name_in_both_lists_stays_in_test_only(base):
+def test_a_name_in_both_lists_stays_in_test_only(base):
     with (base / "annotations/trainval.txt").open("a") as file:
         file.write("synthetic_dog_2 2 2 2\n")
     assert "both lists" in left_out(base)["annotations/trainval.txt: synthetic_dog_2"]
@@ -80,7 +89,7 @@ def test_name_in_both_lists_stays_in_test_only(base):
     assert not (base / "TrainVal/color/dogs/synthetic_dog_2.jpg").exists()
 
 
-def test_the_same_name_in_both_splits_of_the_report_layout_stays_in_test_only(prepared, tmp_path):
+def test_a_name_in_both_splits_stays_in_test_only(prepared, tmp_path):
     base = to_report_layout(prepared, tmp_path / "base")
     Image.open(base / "Test/color/synthetic_dog_2.jpg").save(base / "TrainVal/color/synthetic_dog_2.jpg", quality=50)
     shutil.copy(base / "Test/label/synthetic_dog_2.png", base / "TrainVal/label")
@@ -88,31 +97,41 @@ def test_the_same_name_in_both_splits_of_the_report_layout_stays_in_test_only(pr
     assert (base / "Test/color/dogs/synthetic_dog_2.jpg").exists()
 
 
-def test_names_and_lists_in_another_encoding(base):
-    (base / DOG).rename(base / "images" / os.fsdecode(b"caf\xe9.jpg"))
+def test_names_in_another_encoding_and_hidden_files(base, capsys):
+    (base / "images/synthetic_dog_1.jpg").rename(base / "images" / os.fsdecode(b"caf\xe9.jpg"))
     with (base / "annotations/test.txt").open("ab") as file:
         file.write(b"caf\xe9 2 2 2\n")
-    reasons = left_out(base)
-    assert any("not valid UTF-8" in reason for reason in reasons.values())
-    assert run("dataset/dataset_prep.py", base).returncode == 0
-
-
-def test_hidden_files_are_no_data(base):
     (base / "annotations/trimaps/._synthetic_dog_1.png").write_bytes(b"Mac OS X")
     (base / "images/.DS_Store").write_bytes(b"x")
-    assert left_out(base) == {}
+    assert dataset_prep.main([str(base), "--processes", "1"]) == 0
+    assert r"caf\udce9.jpg: name is not valid UTF-8; rename it" in capsys.readouterr().out
+    assert set(left_out(base)) == {  # hidden files are not mentioned
+        r"images/caf\udce9.jpg", "annotations/test.txt: caf\N{REPLACEMENT CHARACTER}",
+        "annotations/trainval.txt: synthetic_dog_1", "annotations/trimaps/synthetic_dog_1.png",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("missing", ["list.txt", "trainval.txt", "test.txt", "trimaps"])
-def test_incomplete_original_layout_names_what_is_missing(base, missing):
+def test_an_incomplete_original_layout_names_the_missing_file(base, missing):
     path = base / "annotations" / missing
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     with pytest.raises(InputError, match=f"{missing} is missing"):
         prepare(base)
 
 
+def test_a_folder_in_neither_layout_lists_its_content(tmp_path):
+    for found in ("nothing", "holiday.jpg"):
+        with pytest.raises(InputError, match=rf"neither layout.*found: {found}\. --download fetches the data"):
+            prepare(tmp_path)
+        (tmp_path / "holiday.jpg").touch()
+
+
+def offline(*_, **__):
+    raise OSError("no route to host")
+
+
 class FakeDownload:
-    """Stands in for torchvision's OxfordIIITPet: unpacks drawings where it would unpack the real archives."""
+    """Replaces torchvision's OxfordIIITPet: unpacks drawings where it would unpack the real archives."""
 
     source: Path
 
@@ -122,25 +141,18 @@ class FakeDownload:
         shutil.copytree(self.source, target, dirs_exist_ok=True)
 
 
-def test_download_arrives_in_the_original_layout(originals, tmp_path, monkeypatch):
+def test_a_download_is_completed_once_or_fails_with_a_remedy(originals, tmp_path, monkeypatch):
     import torchvision.datasets
 
     monkeypatch.setattr(FakeDownload, "source", originals, raising=False)
     monkeypatch.setattr(torchvision.datasets, "OxfordIIITPet", FakeDownload)
     base = tmp_path / "new"
-    (base / ".download/oxford-iiit-pet/images").mkdir(parents=True)  # half unpacked by a try that was cut short
+    (base / ".download/oxford-iiit-pet/images").mkdir(parents=True)  # half unpacked by an interrupted attempt
     assert dataset_prep.main([str(base), "--download", "--processes", "1"]) == 0
-    assert json.loads((base / "prep_report.json").read_text())["counts"]["Test"] == {"cats": 4, "dogs": 8}
+    assert read_json(base / "prep_report.json")["counts"]["Test"] == {"cats": 4, "dogs": 8}
     assert not (base / ".download").exists()
-    assert dataset_prep.main([str(base), "--download", "--processes", "1"]) == 0, "not fetched twice"
-
-
-def test_failed_download_says_what_to_do(tmp_path, monkeypatch):
-    import torchvision.datasets
-
-    def offline(*_, **__):
-        raise OSError("no route to host")
 
     monkeypatch.setattr(torchvision.datasets, "OxfordIIITPet", offline)
+    assert dataset_prep.main([str(base), "--download", "--processes", "1"]) == 0
     with pytest.raises(InputError, match=r"no route to host.*Run again to continue"):
-        dataset_prep.main([str(tmp_path / "new"), "--download"])
+        dataset_prep.main([str(tmp_path / "other"), "--download"])

@@ -1,20 +1,28 @@
-"""dataset/perturbation.py: every perturbation against its definition, computed by hand."""
+"""dataset/perturbation.py: every perturbation against its definition, its random inputs, and the figure."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from dataset.perturbation import LEVELS, PERTURBATIONS, choose, draw_chance
-from dataset.pet import find_records, make_loader
-from tests.conftest import run
+from dataset.perturbation import (
+    LEVELS,
+    NUM_DRAWS,
+    PERTURBATIONS,
+    choose_perturbations,
+    plot_perturbations,
+    sample_noise,
+)
+from dataset.pet import PetDataset, find_records
 from utils.files import InputError
+from utils.loader import EpochBatchSampler, make_loader
 
 SIZE = 128
+EVERY = list(PERTURBATIONS.values())
 NAMES = list(PERTURBATIONS)
+NOISY = {name for name, perturbation in PERTURBATIONS.items() if perturbation.sample}
 
 
 @pytest.fixture(scope="module")
@@ -25,16 +33,16 @@ def image() -> torch.Tensor:
     return smooth.round().clamp(0, 255).to(torch.uint8)
 
 
-def damage(image: torch.Tensor, name: str, level: int, seed: int = 0) -> torch.Tensor:
-    ways = [PERTURBATIONS[name]]
-    draws = [draw_chance(f"image{number}", ways, SIZE, seed + 1).get(name) for number in range(len(image))]
-    chance = None if draws[0] is None else torch.stack([draw[seed] for draw in draws])
-    return PERTURBATIONS[name](image, level, chance)
+def perturb(image: torch.Tensor, name: str, level: int) -> torch.Tensor:
+    perturbation = PERTURBATIONS[name]
+    draws = [sample_noise(f"image{number}", [perturbation], SIZE).get(name) for number in range(len(image))]
+    noise = None if draws[0] is None else torch.stack([draw[0] for draw in draws])
+    return perturbation(image, level, noise)
 
 
-def test_the_levels_are_those_of_the_design():
-    amounts = {name: list(way.amounts) for name, way in PERTURBATIONS.items()}
-    assert amounts == {
+def test_the_levels_are_those_of_the_report():
+    amounts = {name: list(perturbation.amounts) for name, perturbation in PERTURBATIONS.items()}
+    expected = {
         "gaussian_noise": [0, 2, 4, 6, 8, 10, 12, 14, 16, 18],
         "gaussian_blur": [0, 1, 2, 3, 4, 5, 6, 7, 8, 9],
         "contrast_increase": [1, 1.01, 1.02, 1.03, 1.04, 1.05, 1.1, 1.15, 1.2, 1.25],
@@ -44,38 +52,39 @@ def test_the_levels_are_those_of_the_design():
         "occlusion": [0, 5, 10, 15, 20, 25, 30, 35, 40, 45],
         "salt_and_pepper": [0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.12, 0.14, 0.16, 0.18],
     }
+    assert {name: amounts.get(name) for name in expected} == expected
+    assert {name: len(levels) for name, levels in amounts.items()} == dict.fromkeys(amounts, LEVELS)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_level_zero_is_the_image_and_every_other_level_starts_from_it(name, image):
+def test_every_level_starts_from_the_unchanged_image(name, image):
     before = image.clone()
-    assert torch.equal(damage(image, name, 0), image)
-    last = damage(image, name, LEVELS - 1)
+    assert torch.equal(perturb(image, name, 0), image)
+    last = perturb(image, name, LEVELS - 1)
     assert last.dtype == torch.uint8 and last.shape == image.shape and not torch.equal(last, image)
-    assert torch.equal(image, before), "the image itself is left alone"
-    assert torch.equal(damage(image, name, LEVELS - 1), last), "the same again"
+    assert torch.equal(image, before)
+    assert torch.equal(perturb(image, name, LEVELS - 1), last)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_image_is_damaged_alike_alone_and_in_any_batch(name, image):
-    together = damage(image, name, 7)
-    assert torch.equal(damage(image[:1], name, 7), together[:1])
+def test_perturbation_is_independent_of_the_batch(name, image):
+    assert torch.equal(perturb(image[:1], name, 7), perturb(image, name, 7)[:1])
 
 
 @pytest.mark.parametrize("level", [1, 5, 9])
-def test_noise_has_the_standard_deviation_asked_for(level):
+def test_noise_has_the_standard_deviation_of_its_level(level):
     grey = torch.full((1, 3, SIZE, SIZE), 128, dtype=torch.uint8)
-    noise = damage(grey, "gaussian_noise", level).double() - 128
-    asked = PERTURBATIONS["gaussian_noise"].amounts[level]
-    assert noise.std().item() == pytest.approx(np.hypot(asked, 12**-0.5), rel=0.02)  # and that of rounding
+    noise = perturb(grey, "gaussian_noise", level).double() - 128
+    std = PERTURBATIONS["gaussian_noise"].amounts[level]
+    assert noise.std().item() == pytest.approx(np.hypot(std, 12**-0.5), rel=0.02)  # rounding adds a variance of 1/12
     assert abs(noise.mean().item()) < 0.1
     channels = noise[0].flatten(1)
-    assert torch.corrcoef(channels).fill_diagonal_(0).abs().max() < 0.05, "each channel has its own"
+    assert torch.corrcoef(channels).fill_diagonal_(0).abs().max() < 0.05, "each channel has noise of its own"
 
 
-def test_nine_blurs_are_one_gaussian_of_the_combined_variance(image):
+def test_nine_blurs_are_one_gaussian_of_the_summed_variance(image):
     """Report eq. 18: each kernel has the variance 1/2 along either axis, nine of them 4.5."""
-    blurred = damage(image, "gaussian_blur", 9)[0].double().numpy()
+    blurred = perturb(image, "gaussian_blur", 9)[0].double().numpy()
     expected = np.stack([gaussian_filter(channel.double().numpy(), 4.5**0.5, mode="nearest") for channel in image[0]])
     contrast = float(image[0].double().std())
     assert np.abs(blurred - expected).max() < 0.02 * 255 and np.abs(blurred - expected).std() < 0.02 * contrast
@@ -85,91 +94,89 @@ def test_one_blur_is_the_binomial_kernel():
     dot = torch.zeros(1, 3, SIZE, SIZE, dtype=torch.uint8)
     dot[..., 40, 50] = 160
     expected = 10 * torch.tensor([[1, 2, 1], [2, 4, 2], [1, 2, 1]])
-    assert torch.equal(damage(dot, "gaussian_blur", 1)[0, 1, 39:42, 49:52].int(), expected.int())
+    assert torch.equal(perturb(dot, "gaussian_blur", 1)[0, 1, 39:42, 49:52].int(), expected.int())
     flat = torch.full((1, 3, SIZE, SIZE), 77, dtype=torch.uint8)
-    assert torch.equal(damage(flat, "gaussian_blur", 9), flat), "the border is no edge"
+    assert torch.equal(perturb(flat, "gaussian_blur", 9), flat), "the padding adds no edge"
 
 
-@pytest.mark.parametrize(
-    "name", ["contrast_increase", "contrast_decrease", "brightness_increase", "brightness_decrease"]
-)
 @pytest.mark.parametrize("level", range(LEVELS))
-def test_contrast_and_brightness_are_exact_after_clipping(name, level, image):
-    amount = PERTURBATIONS[name].amounts[level]
+def test_contrast_and_brightness_are_exact_after_clipping(level, image):
     pixels = image.numpy().astype(np.float64)
-    expected = np.rint(np.clip(pixels * amount if "contrast" in name else pixels + amount, 0, 255))
-    assert np.abs(damage(image, name, level).numpy() - expected).max() <= (1 if "contrast" in name else 0)
-    darker = damage(image, name, level).double().mean() < image.double().mean()
-    assert bool(darker) == (level > 0 and name.endswith("decrease"))
+    for kind, change, tolerance in (("contrast", np.multiply, 1), ("brightness", np.add, 0)):
+        for direction in ("increase", "decrease"):
+            name = f"{kind}_{direction}"
+            expected = np.rint(np.clip(change(pixels, PERTURBATIONS[name].amounts[level]), 0, 255))
+            perturbed = perturb(image, name, level)
+            assert np.abs(perturbed.numpy() - expected).max() <= tolerance, name
+            is_darker = bool(perturbed.double().mean() < image.double().mean())
+            assert is_darker == (level > 0 and direction == "decrease"), name
 
 
 @pytest.mark.parametrize("level", [1, 9])
-def test_the_square_has_its_edge_and_lies_inside(level):
+def test_occlusion_is_a_black_square_inside_the_image(level):
     white = torch.full((40, 3, SIZE, SIZE), 255, dtype=torch.uint8)
-    black = (damage(white, "occlusion", level) == 0).all(dim=1)
+    black = (perturb(white, "occlusion", level) == 0).all(dim=1)
     edge = PERTURBATIONS["occlusion"].amounts[level]
     assert (black.sum(dim=(1, 2)) == edge**2).all()
     assert (black.any(dim=1).sum(dim=1) == edge).all() and (black.any(dim=2).sum(dim=1) == edge).all()
-    assert len({tuple(place.nonzero()[0].tolist()) for place in black}) > 30, "at a place of its own in each image"
+    assert len({tuple(place.nonzero()[0].tolist()) for place in black}) > 30, "another place in each image"
 
 
 def test_a_square_larger_than_the_image_covers_it():
-    way = PERTURBATIONS["occlusion"]
-    assert not way(torch.full((1, 3, 32, 32), 9, dtype=torch.uint8), 9, torch.rand(1, 2)).any()
+    image = torch.full((1, 3, 32, 32), 9, dtype=torch.uint8)
+    assert not PERTURBATIONS["occlusion"](image, 9, torch.rand(1, 2)).any()
 
 
 @pytest.mark.parametrize("level", [1, 9])
-def test_salt_and_pepper_have_their_share_half_of_each(level):
+def test_salt_and_pepper_change_exact_shares_of_the_pixels(level):
     grey = torch.full((4, 3, SIZE, SIZE), 128, dtype=torch.uint8)
-    damaged = damage(grey, "salt_and_pepper", level)
-    asked = PERTURBATIONS["salt_and_pepper"].amounts[level]
+    perturbed = perturb(grey, "salt_and_pepper", level)
+    share = PERTURBATIONS["salt_and_pepper"].amounts[level]
     for value in (0, 255):
-        assert (damaged[:, 0] == value).sum(dim=(1, 2)).tolist() == pytest.approx([asked / 2 * SIZE**2] * 4, abs=1)
-    assert torch.equal(damaged[:, 0], damaged[:, 1]) and torch.equal(damaged[:, 0], damaged[:, 2])
+        assert (perturbed[:, 0] == value).sum(dim=(1, 2)).tolist() == pytest.approx([share / 2 * SIZE**2] * 4, abs=1)
+    assert torch.equal(perturbed[:, 0], perturbed[:, 1]) and torch.equal(perturbed[:, 0], perturbed[:, 2])
 
 
-def test_the_damage_depends_on_seed_image_and_perturbation_alone():
-    ways = list(PERTURBATIONS.values())
-    one, same = draw_chance("cat_1", ways, 32, 3), draw_chance("cat_1", ways[:1] + ways[-2:], 32, 2)
-    other = draw_chance("cat_2", ways, 32, 3)
-    assert set(one) == {"gaussian_noise", "occlusion", "salt_and_pepper"} == set(same)
-    for name, draws in one.items():
-        assert torch.equal(draws[:2], same[name]), "whatever else is drawn"
-        assert not torch.equal(draws, other[name]) and not torch.equal(draws[0], draws[1])
+def test_noise_depends_on_draw_image_and_perturbation_alone():
+    noise, other = sample_noise("cat_1", EVERY, 32), sample_noise("cat_2", EVERY, 32)
+    assert set(noise) == NOISY >= {"gaussian_noise", "occlusion", "salt_and_pepper"}
+    for name, draws in noise.items():
+        alone = sample_noise("cat_1", [PERTURBATIONS[name]], 32, draws=2)[name]
+        assert torch.equal(draws[:2], alone), f"{name} without the other perturbations and with fewer draws"
+        assert not torch.equal(draws, other[name]), f"{name} of another image"
+        assert len({draw.numpy().tobytes() for draw in draws}) == len(draws) == NUM_DRAWS, f"draws of {name}"
+    for name, perturbation in PERTURBATIONS.items():
+        assert perturbation.draws == (NUM_DRAWS if name in NOISY else 1), name
 
 
-def test_batches_carry_the_chance_from_any_number_of_workers(prepared):
-    from dataset.pet import EpochBatches, PetDataset
-
-    records = find_records(prepared, "Test")
-    ways = list(PERTURBATIONS.values())
-
-    def chance(name: str) -> dict[str, torch.Tensor]:
-        return draw_chance(name, ways, 32, 2)
-
-    batches = []
-    for workers in (0, 2):
-        dataset = PetDataset(records, 32, chance=chance)
-        batches.append(list(make_loader(dataset, EpochBatches(len(dataset), 5, shuffle=False), workers)))
-    for one, two in zip(*batches, strict=True):
-        assert one["chance/gaussian_noise"].shape[1:] == (2, 3, 32, 32)
-        for key in ("chance/gaussian_noise", "chance/occlusion", "chance/salt_and_pepper"):
-            assert torch.equal(one[key], two[key])
+def test_noise_is_independent_of_the_number_of_workers(prepared):
+    dataset = PetDataset(find_records(prepared, "Test"), 32, perturbations=EVERY)
+    sampler = EpochBatchSampler(len(dataset), 5, shuffle=False)
+    alone, shared = (list(make_loader(dataset, sampler, workers)) for workers in (0, 2))
+    for first, second in zip(alone, shared, strict=True):
+        for name in NOISY:
+            assert first[f"noise/{name}"].shape[:2] == (len(first["name"]), NUM_DRAWS), name
+            assert torch.equal(first[f"noise/{name}"], second[f"noise/{name}"]), name
 
 
-def test_choosing():
-    assert choose(None) == [] and [way.name for way in choose([])] == NAMES
-    assert [way.name for way in choose(["occlusion", "gaussian_blur"])] == ["gaussian_blur", "occlusion"]
+def test_choosing_perturbations():
+    assert choose_perturbations(None) == [] and choose_perturbations([]) == EVERY
+    chosen = choose_perturbations(["occlusion", "gaussian_blur"])
+    assert [perturbation.name for perturbation in chosen] == ["gaussian_blur", "occlusion"]
     with pytest.raises(InputError, match="--perturb fog: no such perturbation, there are gaussian_noise, "):
-        choose(["occlusion", "fog"])
+        choose_perturbations(["occlusion", "fog"])
 
 
-def test_the_figure(prepared, tmp_path):
-    out = tmp_path / "figure.png"
-    result = run("dataset/perturbation.py", prepared, "--image-size", 32, "--out", out)
-    assert result.returncode == 0, result.stderr
-    assert Image.open(out).width > 1000
-    result = run("dataset/perturbation.py", prepared, "--image", "nobody", "--out", out)
-    assert result.returncode == 1 and "--image nobody: no image of" in result.stderr
-    result = run("dataset/perturbation.py", tmp_path)
-    assert result.returncode == 1 and "is not prepared. Run: python dataset/dataset_prep.py" in result.stderr
+def test_the_figure_shows_every_perturbation_at_every_level(image):
+    pixels = image[0, :, :40, :40].permute(1, 2, 0).numpy()
+    figure = plot_perturbations(pixels, "cat_1", EVERY)
+    assert len(figure.axes) == len(EVERY) * LEVELS
+    noise = sample_noise("cat_1", EVERY, 40)
+    for number, axis in enumerate(figure.axes):
+        perturbation, level = EVERY[number // LEVELS], number % LEVELS
+        draw = noise[perturbation.name][:1] if perturbation.name in noise else None
+        expected = perturbation(image[:1, :, :40, :40], level, draw)[0].permute(1, 2, 0)
+        np.testing.assert_array_equal(axis.images[0].get_array(), expected, err_msg=f"{perturbation.name} {level}")
+        assert axis.get_title() == f"{perturbation.amounts[level]:g}"
+        label = f"{perturbation.name.replace('_', ' ')}\n{perturbation.unit}"
+        assert axis.get_ylabel() == ("" if level else label)

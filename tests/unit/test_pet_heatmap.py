@@ -1,4 +1,4 @@
-"""dataset/pet_heatmap.py and utils/dataset_prep.py: clicks, heatmaps, masks."""
+"""dataset/pet_heatmap.py and utils/dataset_prep.py: clicks, heatmaps, masks, and the data sets with points."""
 
 from __future__ import annotations
 
@@ -13,15 +13,22 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dataset.augmentation import train_transform
-from dataset.pet import find_records
-from dataset.pet_heatmap import PetHeatmapDataset, near, read_points, save_prompts, under_click
-from tests.conftest import run
-from utils.dataset import CLASSES, IGNORE, pet_pixels, rescale_point
-from utils.dataset_prep import draw_points, gaussian_heatmaps, point_mask, random_pixel
+from dataset.dataset_prep import main as prepare_data
+from dataset.pet import PetDataset, find_records
+from dataset.pet_heatmap import (
+    FixedClickDataset,
+    RandomClickDataset,
+    border_pixels,
+    click_target,
+    read_points,
+)
+from utils.dataset import CLICKS, IGNORE, PETS, foreground
+from utils.dataset_prep import gaussian_heatmaps, point_mask, random_pixel, sample_points
 from utils.files import InputError
+from utils.image import picture_size, rescale_point
 
 
-def test_a_heatmap_is_a_gaussian_with_peak_one_and_ten_pixels_at_256():
+def test_a_heatmap_is_a_gaussian_of_ten_pixels_at_256():
     heat = gaussian_heatmaps(torch.tensor([[40.0, 200.0], [0.0, 0.0]]), 256, 256)
     assert heat.shape == (2, 256, 256)
     assert heat[0, 200, 40] == 1 and heat[0].argmax() == 200 * 256 + 40
@@ -30,17 +37,17 @@ def test_a_heatmap_is_a_gaussian_with_peak_one_and_ten_pixels_at_256():
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 20), st.integers(1, 20))
-def test_a_drawn_point_lies_in_its_class(seed, height, width):
+def test_a_sampled_point_is_in_its_class(seed, height, width):
     rng = np.random.default_rng(seed)
     classes = rng.choice(np.array([0, 2, IGNORE], np.uint8), (height, width))
-    points = draw_points(classes, rng)
-    assert {name for name, _, _ in points} == {CLASSES[value] for value in set(classes.flat) - {IGNORE}}
+    points = sample_points(classes, PETS, rng)
+    assert {name for name, _, _ in points} == {PETS.names[value] for value in set(classes.flat) - {IGNORE}}
     for name, x, y in points:
-        assert CLASSES[classes[y, x]] == name
+        assert PETS.names[classes[y, x]] == name
     assert random_pixel(np.zeros((height, width), bool), rng) is None
 
 
-def test_points_are_drawn_evenly():
+def test_points_are_sampled_uniformly():
     where = np.zeros((4, 5), bool)
     where[1, 1:4] = where[3, 4] = True
     rng = np.random.default_rng(0)
@@ -49,152 +56,150 @@ def test_points_are_drawn_evenly():
     assert sum(shares) == 1 and shares == pytest.approx([0.25] * 4, abs=0.05)
 
 
-def test_masks_of_either_click():
+def test_the_target_of_a_click_is_its_side_of_the_outline():
     mask = torch.tensor([[[0, 2], [IGNORE, 2]]] * 2, dtype=torch.uint8)
-    target = under_click(mask, torch.tensor([True, False]))
+    target = click_target(mask, torch.tensor([True, False]))
     assert target.tolist() == [[[0, 1], [IGNORE, 1]], [[1, 0], [IGNORE, 0]]] and target.dtype == torch.uint8
     for (x, y), expected in (((1, 0), target[0]), ((0, 0), target[1])):
         assert point_mask(mask[0].numpy(), x, y).tolist() == expected.tolist()
 
 
-def test_points_move_with_the_picture():
-    assert rescale_point(0, 0, (100, 50), (100, 100)) == (0, 0.5)
-    assert rescale_point(99.5, 49.5, (100, 50), (200, 200)) == (199.5, 199.5)  # the last corner stays the corner
+def random_clicks(prepared, seed=0, size=48) -> RandomClickDataset:
+    return RandomClickDataset(find_records(prepared, "TrainVal"), size, transform=train_transform(), seed=seed)
 
 
-def train_set(prepared, seed=0, size=48) -> PetHeatmapDataset:
-    return PetHeatmapDataset(find_records(prepared, "TrainVal"), size, transform=train_transform(), seed=seed)
-
-
-def test_drawn_clicks_lie_in_their_class_after_augmentation(prepared):
-    dataset = train_set(prepared)
-    kinds, avoided, points = [], 0, set()
+def test_random_clicks_are_in_their_class_after_augmentation(prepared):
+    dataset = random_clicks(prepared)
+    sides, opposed, points = [], 0, set()
     for epoch in range(1, 9):
         for sample in range(len(dataset)):
-            item = dataset[(epoch, sample)]
-            pet = pet_pixels(item["mask"])
-            for (x, y), on_pet in zip(item["point"].int().tolist(), item["on_pet"].tolist()):
-                assert bool(pet[y, x]) == on_pet and item["mask"][y, x] != IGNORE
-                kinds.append(on_pet)
+            item = dataset[epoch, sample]
+            pet = foreground(item["mask"])
+            for (x, y), on_pet in zip(item["points"].int().tolist(), item["on_pet"].tolist()):
+                assert bool(pet[y, x]) == on_pet and item["mask"][y, x] != IGNORE, (item["name"], x, y)
+                sides.append(on_pet)
                 points.add((sample, x, y))
-            if not item["avoid"].isnan().any():
-                assert torch.equal(item["avoid"], item["point"].flip(0))
-                avoided += 1
-    assert np.mean(kinds) == 0.5 and 0.3 < 2 * avoided / len(kinds) < 0.7
-    assert len(points) > 0.9 * len(kinds), "drawn anew in every epoch"
-    again = train_set(prepared)[(3, 5)]
-    assert all(torch.equal(again[key], dataset[(3, 5)][key]) for key in ("image", "mask", "point", "on_pet"))
+            if not item["negative_points"].isnan().any():
+                assert torch.equal(item["negative_points"], item["points"].flip(0))
+                opposed += 1
+    assert np.mean(sides) == 0.5 and 0.3 < 2 * opposed / len(sides) < 0.7
+    assert len(points) > 0.9 * len(sides), "other clicks in every epoch"
+    again, other = (random_clicks(prepared, seed)[3, 5] for seed in (0, 1))
+    for key in ("image", "mask", "points", "on_pet"):
+        assert torch.equal(again[key], dataset[3, 5][key]), key
+    assert not torch.equal(other["points"], dataset[3, 5]["points"]), "other clicks with another seed"
+    assert dataset.class_table == CLICKS
 
 
-def test_what_is_near_the_outline():
+def test_half_of_the_random_clicks_are_near_the_outline(prepared):
+    dataset = random_clicks(prepared)
+    edge = 64
+    disk = np.full((edge, edge), IGNORE, np.uint8)  # most pixels of this pet are not near its outline
+    distance = np.hypot(*(np.mgrid[:edge, :edge] - edge / 2))
+    disk[distance < 30], disk[distance > 31] = 2, 0
+    dataset.cache = [(np.zeros((edge, edge, 3), np.uint8), disk)] * len(dataset)
+    dataset.transform = None
+    items = [dataset[epoch, sample] for epoch in range(20) for sample in range(len(dataset))]
+    clicks = [item["points"][item["on_pet"]][0].int().tolist() for item in items]
+    sides = {True: foreground(disk), False: disk == 0}
+    border = border_pixels(sides, True)
+    near = np.mean([border[y, x] for x, y in clicks])
+    assert near == pytest.approx(0.5 + border.sum() / sides[True].sum() / 2, abs=0.1)
+
+
+def test_border_pixels_are_within_a_sixteenth_of_the_edge():
     pet, background = np.zeros((64, 64), bool), np.zeros((64, 64), bool)
     pet[:, 40:], background[:, :38] = True, True  # a boundary two pixels wide between them
     sides = {True: pet, False: background}
-    assert np.flatnonzero(near(sides, True).any(axis=0)).tolist() == [40, 41]
-    assert np.flatnonzero(near(sides, False).any(axis=0)).tolist() == [36, 37]
-    background[:, 8:] = False  # none is near
-    assert near(sides, False) is background and near(sides, True) is pet
+    assert np.flatnonzero(border_pixels(sides, True).any(axis=0)).tolist() == [40, 41]
+    assert np.flatnonzero(border_pixels(sides, False).any(axis=0)).tolist() == [36, 37]
+    background[:, 8:] = False  # no pixel is that near
+    assert border_pixels(sides, False) is background and border_pixels(sides, True) is pet
 
 
-def test_the_click_does_not_change_the_augmentation(prepared):
-    from dataset.pet import PetDataset
-
+def test_clicks_do_not_change_the_augmentation(prepared):
     plain = PetDataset(find_records(prepared, "TrainVal"), 48, transform=train_transform(), seed=0)
+    clicked = random_clicks(prepared)
     for key in ((1, 0), (2, 3)):
-        assert torch.equal(plain[key]["image"], train_set(prepared)[key]["image"])
+        assert torch.equal(plain[key]["image"], clicked[key]["image"]), key
 
 
-def test_fixed_clicks_are_those_of_the_file(prepared):
-    records = find_records(prepared, "Test")
-    dataset = PetHeatmapDataset(records, 64)
-    assert len(dataset) == 2 * len(records)
-    points = read_points(records)
+def test_an_image_that_is_all_pet_is_clicked_on_the_pet(prepared):
+    dataset = random_clicks(prepared)
+    dataset.cache = [(np.zeros((48, 48, 3), np.uint8), np.full((48, 48), 2, np.uint8))] * len(dataset)
     for sample in range(len(dataset)):
-        item, click = dataset[sample], points[sample // 2][sample % 2]
-        assert item["name"] == records[sample // 2].name and item["on_pet"].tolist() == [click.on_pet]
-        assert records[sample // 2].load_label()[int(click.y), int(click.x)] == (
-            records[sample // 2].species if click.on_pet else 0
-        )
-        with Image.open(records[sample // 2].image) as picture:
-            expected = [(click.x + 0.5) * 64 / picture.width - 0.5, (click.y + 0.5) * 64 / picture.height - 0.5]
-        assert item["point"][0].tolist() == pytest.approx(expected) and item["avoid"].isnan().all()
+        item = dataset[1, sample]
+        assert item["on_pet"].tolist() == [True, True] and item["negative_points"].isnan().all(), sample
+
+
+def test_fixed_clicks_are_the_points_of_the_file(prepared):
+    records = find_records(prepared, "Test")
+    dataset, points = FixedClickDataset(records, 64), read_points(records)
+    assert len(dataset) == 2 * len(records) and dataset.class_table == CLICKS
+    for sample in range(len(dataset)):
+        item, record, click = dataset[sample], records[sample // 2], points[sample // 2][sample % 2]
+        assert item["name"] == record.name and item["on_pet"].tolist() == [click.on_pet]
+        assert record.load_label()[int(click.y), int(click.x)] == (record.species if click.on_pet else 0)
+        expected = rescale_point(click.x, click.y, picture_size(record.image), (64, 64))
+        assert item["points"][0].tolist() == pytest.approx(expected) and item["negative_points"].isnan().all()
 
 
 @pytest.fixture
 def copy(prepared, tmp_path):
-    return shutil.copytree(prepared, tmp_path / "data")
+    return shutil.copytree(prepared, tmp_path / "data", ignore=shutil.ignore_patterns("images", "annotations"))
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda rows: [*rows, "Stranger_1,cat,1,1"], r"points\.csv, line \d+: 'Stranger_1' is no image of"),
-        (
-            lambda rows: [rows[0].replace("background", "tree"), *rows[1:]],
-            r"line 2: class 'tree', expected background or",
-        ),
-        (
-            lambda rows: [rows[0].rsplit(",", 2)[0] + ",1000,3", *rows[1:]],
-            r"line 2: \(1000, 3\) is no point of .* which is",
-        ),
-        (lambda rows: [rows[0].rsplit(",", 2)[0] + ",nan,3", *rows[1:]], r"line 2: \(nan, 3\) is no point"),
-        (lambda rows: [rows[0].rsplit(",", 2)[0] + ",-1,3", *rows[1:]], r"\(-1, 3\) is no point"),
-        (lambda rows: [rows[0].rsplit(",", 2)[0] + ",x", *rows[1:]], r"\(x, None\) is no point"),
-    ],
-)
-def test_points_that_cannot_be(copy, change, message):
+def test_wrong_points_are_an_error_that_names_the_line(copy):
     path = copy / "Test/points.csv"
-    header, *rows = path.read_text().splitlines()
-    path.write_text("\n".join([header, *change(rows)]) + "\n")
-    with pytest.raises(InputError, match=message):
-        read_points(find_records(copy, "Test"))
-
-
-def test_a_points_file_that_is_gone_or_no_points_file(copy):
     records = find_records(copy, "Test")
-    (copy / "Test/points.csv").write_text("a,b\n1,2\n")
+    header, first, *rows = path.read_text().splitlines()
+    start = first.rsplit(",", 2)[0]
+    for lines, message in [
+        ([first, *rows, "Stranger_1,cat,1,1"], rf"points\.csv, line {len(rows) + 3}: 'Stranger_1' is not an image of"),
+        ([first.replace("background", "tree")], r"line 2: class 'tree', expected background or "),
+        ([f"{start},1000,3"], r"line 2: \(1000, 3\) is not a point of .* which is \d+x\d+"),
+        ([f"{start},nan,3"], r"line 2: \(nan, 3\) is not a point"),
+        ([f"{start},-1,3"], r"line 2: \(-1, 3\) is not a point"),
+        ([f"{start},x"], r"line 2: \(x, None\) is not a point"),
+    ]:
+        path.write_text("\n".join([header, *lines]) + "\n")
+        with pytest.raises(InputError, match=message + r".*Run: python dataset/dataset_prep\.py"):
+            read_points(records)
+    path.write_text("a,b\n1,2\n")
     with pytest.raises(InputError, match=r"has the columns .*expected name, class, x, y. Run: python dataset/"):
         read_points(records)
-    (copy / "Test/points.csv").unlink()
+    path.unlink()
     with pytest.raises(InputError, match=r"points\.csv is missing\. Run: python dataset/dataset_prep\.py"):
         read_points(records)
 
 
-def test_a_photograph_without_a_kind_of_point_is_skipped_and_counted(copy, caplog):
+def test_a_photograph_without_a_kind_of_point_is_logged(copy, caplog):
     path = copy / "Test/points.csv"
     header, first, *rows = path.read_text().splitlines()
     assert ",background," in first
     path.write_text("\n".join([header, *rows]) + "\n")
     records = find_records(copy, "Test")
     with caplog.at_level("INFO"):
-        dataset = PetHeatmapDataset(records, 32)
+        dataset = FixedClickDataset(records, 32)
     assert len(dataset) == 2 * len(records) - 1
     assert f"no point in the background of 1 images ({first.split(',')[0]}" in caplog.text
 
 
-def test_a_training_image_that_is_all_pet_is_clicked_on_the_pet(prepared):
-    dataset = train_set(prepared)
-    dataset.cache = [(np.zeros((48, 48, 3), np.uint8), np.full((48, 48), 2, np.uint8))] * len(dataset)
-    for sample in range(len(dataset)):
-        item = dataset[(1, sample)]
-        assert item["on_pet"].tolist() == [True, True] and item["avoid"].isnan().all()
-
-
-def test_pictures_of_the_prompts(copy):
-    assert save_prompts(copy, "Test") == 24
-    record = find_records(copy, "Test")[0]
-    click = next(click for click in read_points([record])[0] if click.on_pet)
-    folder = copy / "Test/prompt"
-    assert len(list(folder.iterdir())) == 48
-    heat = np.asarray(Image.open(folder / f"{record.name}_pet_heatmap.png"))
-    mask = np.asarray(Image.open(folder / f"{record.name}_pet_mask.png"))
-    label = record.load_label()
-    assert heat.shape == label.shape and heat[int(click.y), int(click.x)] == 255
-    assert np.array_equal(mask == 255, pet_pixels(label)) and np.array_equal(mask == 128, label == IGNORE)
-
-
-def test_preparation_writes_them_when_asked(base):
-    result = run("dataset/dataset_prep.py", base, "--save-heatmaps", "--processes", 1)
-    assert result.returncode == 0, result.stderr
-    assert "24 heatmaps and masks" in result.stdout
-    assert len(list((base / "TrainVal/prompt").iterdir())) == 48
+def test_preparation_saves_a_heatmap_and_a_mask_of_every_point(copy, capsys):
+    assert prepare_data([str(copy), "--save-heatmaps", "--processes", "1"]) == 0
+    output = capsys.readouterr().out
+    for split in ("TrainVal", "Test"):
+        records = find_records(copy, split)
+        expected = {
+            f"{record.name}_{side}_{kind}.png"
+            for record in records for side in ("pet", "background") for kind in ("heatmap", "mask")
+        }  # fmt: skip
+        folder = copy / split / "prompt"
+        assert {path.name for path in folder.iterdir()} == expected
+        assert f"{2 * len(records)} heatmaps and masks: {folder}" in output
+        click = next(click for click in read_points(records)[0] if click.on_pet)
+        names = (f"{records[0].name}_pet_{kind}.png" for kind in ("heatmap", "mask"))
+        heat, mask = (np.asarray(Image.open(folder / name)) for name in names)
+        label = records[0].load_label()
+        assert heat.shape == label.shape and heat[int(click.y), int(click.x)] == 255
+        assert np.array_equal(mask == 255, foreground(label)) and np.array_equal(mask == 128, label == IGNORE)

@@ -1,48 +1,42 @@
-"""point_clip/: the model, its scores and its scripts."""
+"""point_clip/: the model beyond the contract of test_models.py, its start from a segmenter, and its scores."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from matplotlib.figure import Figure
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from clip_seg.model import ClipEncoder, ClipSegmenter, build_segmenter, make_encoder
-from dataset.pet import find_records, make_test_loader
+from clip_seg.model import ClipEncoder, build_segmenter
+from dataset.pet import find_records, make_test_set
 from dataset.pet_heatmap import Click, read_points
-from point_clip.model import PointClip, build_point_clip, draw_disks, features_at
-from point_clip.scoring import draw_clicks, flipped, score_clicks, with_mark
-from point_clip.train import START_SCALE, Config, start_from
-from tests.conftest import TINY, TINY_CLIP, run
+from point_clip import scoring
+from point_clip.model import START_SCALE, PointClip, features_at, render_disks
+from point_clip.scoring import RANDOM_CLICKS, follows_click, mark_click, sample_clicks, score_clicks
+from point_clip.train import Config, start_from
+from tests.helpers import CPU, save_clip_segmenter, tiny_clip_encoder
 from utils.config import TestConfig as ScoreConfig
-from utils.dataset import pet_pixels
-from utils.files import InputError
-from utils.helper import load_checkpoint, load_model, save_checkpoint
+from utils.dataset import CLICKS, PETS, foreground
+from utils.evaluation import ModelTest
+from utils.files import InputError, read_json
+from utils.helper import load_checkpoint, restore_model, save_checkpoint
+from utils.image import load_picture, rescale_point
 from utils.loss import cross_entropy
 
 ENCODINGS = ("heatmap", "disk")
 SIZE = (67, 75)
-HEATMAP = [part for part in TINY if part not in ("--base-channels", "2")]
 
 
-def build(encoding: str, **options) -> PointClip:
+def build(encoding: str, image_size: int = 32) -> PointClip:
     torch.manual_seed(0)
-    vision = CLIPVisionModel(CLIPVisionConfig(**TINY_CLIP))
-    return PointClip(ClipEncoder(vision, **options), encoding=encoding, base_channels=4)
-
-
-@pytest.mark.parametrize("encoding", ENCODINGS)
-@pytest.mark.parametrize("size", [(64, 64), SIZE])
-def test_one_logit_at_the_size_of_the_image(encoding, size):
-    logits = build(encoding)(torch.rand(2, 3, *size), torch.tensor([[5.0, 6.0], [60.0, 60.0]]))
-    assert logits.shape == (2, 1, *size)
+    return PointClip(tiny_clip_encoder(image_size=image_size)[0], encoding=encoding, base_channels=4)
 
 
 def test_full_size_has_the_shapes_of_the_design():
@@ -64,25 +58,12 @@ def test_features_of_an_image_serve_many_clicks(encoding):
         calls = []
         model.encoder.normalize.register_forward_hook(lambda *_: calls.append(1))
         together = model.decode(model.encode(image), points, SIZE)
-        assert len(calls) == (2 if encoding == "heatmap" else 1), "the disk needs the encoder once for the image alone"
+        assert len(calls) == (2 if encoding == "heatmap" else 1), "only heatmaps pass through CLIP beside the image"
         calls.clear()
         alone = torch.cat([model(image, point[None]) for point in points])
         assert len(calls) == len(points), "one pass for the image and its heatmap"
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(together[0], together[1])
-
-
-@pytest.mark.parametrize("encoding", ENCODINGS)
-def test_every_trained_parameter_gets_a_gradient(encoding):
-    for frozen in (False, True):
-        model = build(encoding, frozen=frozen).train()
-        target = torch.randint(0, 2, (2, *SIZE), dtype=torch.uint8)
-        logits = model(torch.rand(2, 3, *SIZE), torch.tensor([[5.0, 6.0], [40.0, 50.0]]))
-        cross_entropy(torch.cat([torch.zeros_like(logits), logits], dim=1), target).backward()
-        for name, parameter in model.named_parameters():
-            has_gradient = parameter.grad is not None and bool((parameter.grad != 0).any())
-            assert has_gradient == parameter.requires_grad, name
-            assert not (frozen and parameter.requires_grad and "vision" in name)
 
 
 def test_two_class_cross_entropy_of_a_logit_is_binary_cross_entropy():
@@ -92,10 +73,10 @@ def test_two_class_cross_entropy_of_a_logit_is_binary_cross_entropy():
     assert cross_entropy(two, target).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_the_disk_makes_it_look_at_the_click():
-    """A picture of two halves: only the click tells which of them is meant, anywhere in it.
+def test_disk_model_learns_to_follow_the_click():
+    """A picture of two halves: only the click determines the half, wherever in it.
 
-    The heatmap needs far more steps: what it means has to be learned through the whole encoder.
+    The heatmap needs far more steps: its meaning has to be learned through the whole encoder.
     """
     torch.manual_seed(0)
     image = torch.zeros(4, 3, 64, 64)
@@ -104,31 +85,32 @@ def test_the_disk_makes_it_look_at_the_click():
     target[0::2, :, :32] = 1
     target[1::2, :, 32:] = 1
 
-    def draw_points() -> torch.Tensor:
+    def random_points() -> torch.Tensor:
         """Two clicks on each image, on the left half and on the right."""
         return torch.rand(8, 2) * torch.tensor([28.0, 60.0]) + torch.tensor([[1.0, 1.0], [34.0, 1.0]]).repeat(4, 1)
 
-    model = build("disk").train()
+    model = build("disk", image_size=16).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     for _ in range(80):
         optimizer.zero_grad()
-        logits = model(image, draw_points())
+        logits = model(image, random_points())
         cross_entropy(torch.cat([torch.zeros_like(logits), logits], dim=1), target).backward()
         optimizer.step()
     with torch.inference_mode():
-        right = (model.eval()(image, draw_points())[:, 0] > 0) == target.bool()
-    assert right.float().mean() > 0.95
+        correct = (model.eval()(image, random_points())[:, 0] > 0) == target.bool()
+    assert correct.float().mean() > 0.95
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-@pytest.mark.parametrize("point", [(-1, 5), (75, 5), (5, 67), (math.nan, 5), (5, math.inf)])
-def test_points_outside_the_image(encoding, point):
-    with pytest.raises(InputError, match=r"the point \(.*\) is not in the image, which is 75x67 pixels"):
-        build(encoding).eval()(torch.rand(1, 3, *SIZE), torch.tensor([point], dtype=torch.float32))
+def test_points_outside_the_image(encoding):
+    model = build(encoding).eval()
+    for point in [(-1, 5), (75, 5), (5, 67), (math.nan, 5), (5, math.inf)]:
+        with pytest.raises(InputError, match=r"the point \(.*\) is not in the image, which is 75x67 pixels"):
+            model(torch.rand(1, 3, *SIZE), torch.tensor([point], dtype=torch.float32))
 
 
 def test_disks_and_features_under_the_click():
-    disks = draw_disks(torch.tensor([[0.25, 0.75], [math.nan, math.nan]]), 64, 64)
+    disks = render_disks(torch.tensor([[0.25, 0.75], [math.nan, math.nan]]), 64, 64)
     assert disks.shape == (2, 1, 64, 64) and disks[1].sum() == 0
     assert disks[0, 0, 47:49, 15:17].min() == 1 and disks[0, 0, 40, 15] == 0
     area = disks[0].sum().item()
@@ -138,7 +120,7 @@ def test_disks_and_features_under_the_click():
     assert found[0].flatten().tolist() == [9.0] * 3 and found[1].abs().sum() == 0
 
 
-def test_a_click_to_avoid_changes_the_mask_and_none_does_not():
+def test_negative_click_changes_the_mask_and_nan_does_not():
     model = build("disk").eval()
     image, point = torch.rand(1, 3, 64, 64), torch.tensor([[8.0, 8.0]])
     with torch.inference_mode():
@@ -147,30 +129,66 @@ def test_a_click_to_avoid_changes_the_mask_and_none_does_not():
         assert not torch.equal(model(image, point, torch.tensor([[50.0, 50.0]])), plain)
 
 
+@pytest.fixture
+def segmenter(clip_folder, tmp_path) -> Path:
+    return save_clip_segmenter(tmp_path / "clip_seg.pt", clip_folder)
+
+
+def start(segmenter: Path, encoding: str, **given: Any) -> tuple[PointClip, dict[str, Any]]:
+    """What point_clip/train.py starts from with these flags."""
+    config = Config(**{"clip_seg": segmenter, "point_encoding": encoding, "base_channels": 2, "skips": True, **given})
+    return start_from(config, {"encoding": encoding, "base_channels": config.base_channels, "skips": config.skips})
+
+
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_saved_and_rebuilt_it_is_the_same(encoding, tmp_path):
-    model = build(encoding).eval()
-    arguments = {
-        "encoder": {
-            "clip_model": "none", "architecture": TINY_CLIP, "image_size": 32, "frozen": False, "weights_hash": None,
-        },
-        "encoding": encoding, "base_channels": 4, "skips": False,
-    }  # fmt: skip
-    saved = {"model_name": "point_clip", "model": model.state_dict(), "model_args": arguments, "config": {}}
-    save_checkpoint(tmp_path / "best.pt", saved)
-    rebuilt, _ = load_model(tmp_path / "best.pt", build_point_clip, "point_clip", torch.device("cpu"))
-    image = torch.rand(1, 3, *SIZE).contiguous(memory_format=torch.channels_last)
-    point = torch.tensor([[5.0, 6.0]])
+def test_start_from_a_segmenter(segmenter, encoding):
+    """With its encoder, and for the disk with its decoder: a heatmap's decoder has twice the inputs."""
+    model, encoder_args = start(segmenter, encoding)
+    checkpoint = load_checkpoint(segmenter, "clip_seg")
+    assert encoder_args == checkpoint["model_args"]["encoder"]
+    assert not any(parameter.requires_grad for parameter in model.encoder.parameters())
+    own, state = model.state_dict(), checkpoint["model"]
+    taken = [key for key in state if key.endswith("weight") and key.startswith(("project", "decoder"))]
+    same = [key in own and torch.equal(own[key], state[key]) for key in taken]
+    assert same and (all(same) if encoding == "disk" else not any(same))
+
+
+def test_clicks_are_first_compared_by_the_classes_of_the_segmenter(segmenter):
+    checkpoint = load_checkpoint(segmenter, "clip_seg")
+    checkpoint["model"]["head.weight"] *= 1000  # beside the random start of the other weights
+    save_checkpoint(segmenter, checkpoint)
+    restored, _ = restore_model(segmenter, build_segmenter, "clip_seg", CPU)
+    model, _ = start(segmenter, "disk")
+    image = torch.rand(2, 3, 64, 64)
     with torch.inference_mode():
-        assert torch.equal(rebuilt(image, point), model.to(memory_format=torch.channels_last)(image, point))
+        (features,) = model.eval().encode(image)
+        *shallower, tokens = restored.encoder(image)
+        logits = restored.head(restored.decoder(restored.project(tokens), shallower))
+        pet = logits[:, 1:].mean(dim=1, keepdim=True) - logits[:, :1]
+    expected = (START_SCALE * pet).tanh().expand_as(features)
+    assert expected.abs().max() > 0.05 and (features - expected).abs().max() < 0.01
+
+
+def test_flags_that_do_not_fit_the_segmenter(segmenter, tmp_path):
+    for given, message in [
+        (
+            {"base_channels": 64, "skips": False},
+            f"--clip-seg {segmenter} has another decoder: give its own flags, --base-channels 2 --skips",
+        ),
+        ({"clip_random_init": True}, "--clip-seg brings its own CLIP, leave --clip-random-init out"),
+        ({"clip_model": "another"}, "--clip-seg brings its own CLIP, leave --clip-model out"),
+        ({"clip_seg": tmp_path / "none.pt"}, "none.pt: no such checkpoint"),
+    ]:
+        with pytest.raises(InputError, match=re.escape(message)):
+            start(segmenter, "disk", **given)
 
 
 class Oracle(nn.Module):
-    """Knows every label; looks at the click, or does not."""
+    """Knows the true masks, in the order of the names; follows the click, or ignores it."""
 
-    def __init__(self, records, *, blind: bool):
+    def __init__(self, labels: list[np.ndarray], *, blind: bool):
         super().__init__()
-        self.labels = [torch.from_numpy(record.load_label()) for record in records]
+        self.labels = [torch.from_numpy(label) for label in labels]
         self.blind = blind
         self.seen = 0
 
@@ -179,177 +197,122 @@ class Oracle(nn.Module):
         self.seen += len(image)
         return features
 
-    def decode(self, features, point, image_size):
+    def decode(self, features, points, image_size):
         label = self.labels[int(features[0])]
-        pet = pet_pixels(label)
-        height, width = label.shape
-        answers = []
-        for x, y in point.tolist():
-            column, row = ((place + 0.5) * edge / size - 0.5 for place, edge, size in ((x, width, 64), (y, height, 64)))
+        pet = foreground(label)
+        predictions = []
+        for x, y in points.tolist():
+            column, row = rescale_point(x, y, image_size[::-1], label.shape[::-1])
             clicked = bool(pet[round(row), round(column)])
-            answers.append((pet if self.blind or clicked else ~pet).float() * 2 - 1)
-        return torch.stack(answers)[:, None]
-
-    def forward(self, image, point):
-        return torch.zeros(1, 1, *image.shape[-2:])
+            predictions.append((pet if self.blind or clicked else ~pet).float() * 2 - 1)
+        return torch.stack(predictions)[:, None]
 
 
-def oracle_metrics(prepared: Path, out: Path, *, blind: bool) -> dict:
-    config = ScoreConfig(data=prepared, checkpoint=out / "best.pt", out=out, workers=0, batch_size=5)
-    loader = make_test_loader(config, 64)
-    checkpoint = {"model_name": "point_clip", "epoch": 1, "config": {"image_size": 64, "seed": 0}}
-    model = Oracle(find_records(prepared, "Test"), blind=blind)
-    return score_clicks(model, checkpoint, loader, config, torch.device("cpu"), synthetic=True)
+def oracle_test(prepared: Path, out: Path, *, blind: bool = False, size: int | str = "native") -> ModelTest:
+    config = ScoreConfig(
+        data=prepared, checkpoint=out / "best.pt", out=out, workers=0, batch_size=5, score_size=size, device="cpu"
+    )
+    test_set = make_test_set(config, 64)
+    labels = [test_set[index]["label"] for index in range(len(test_set))]
+    checkpoint = {
+        "model_name": "point_clip", "epoch": 1, "config": {"image_size": 64, "seed": 0},
+        "class_table": CLICKS.as_plain_dict(),
+    }  # fmt: skip
+    return ModelTest(Oracle(labels, blind=blind), checkpoint, test_set, config, CPU)
 
 
-def test_a_perfect_model_has_perfect_scores(prepared, tmp_path, capsys):
-    metrics = oracle_metrics(prepared, tmp_path, blind=False)
+@pytest.fixture
+def figures(monkeypatch) -> dict[str, Figure]:
+    """The figures that `score_clicks` saves, by file name."""
+    saved: dict[str, Figure] = {}
+    monkeypatch.setattr(scoring, "save_figure", lambda figure, path: saved.update({path.name: figure}))
+    return saved
+
+
+def test_perfect_model_has_perfect_scores(prepared, tmp_path, figures):
+    test = oracle_test(prepared, tmp_path)
+    text = score_clicks(test)
+    metrics, records = read_json(tmp_path / "metrics.json"), test.test_set.records
     assert metrics["iou"] == {"ground": 1, "object": 1, "mean": 1}
     assert metrics["own_mask"] == 1 and metrics["flips"] == 1 and metrics["spread"]["iou_std"] == 0
-    assert (metrics["images"], metrics["clicks"], metrics["skipped"]) == (12, 24, {"pet": 0, "background": 0})
-    assert metrics["baseline"]["pixel_accuracy"] == pytest.approx(0.5), "half of the clicks, all of the pixels wrong"
-    assert "flips it on 100.0 %" in capsys.readouterr().out
-    assert (tmp_path / "predictions.png").stat().st_size > 10_000
+    assert metrics["skipped"] == {"pet": 0, "background": 0}
+    assert (metrics["images"], metrics["clicks"]) == (len(records), 2 * len(records))
+    assert metrics["baseline"]["pixel_accuracy"] == pytest.approx(0.5), "all pixels of half of the clicks are wrong"
+    assert f"the mask follows the click on 100.0 % of {len(records)} images" in text
+    for record in records:
+        label = record.load_label()
+        for suffix, side in (("", foreground(label)), ("_background", ~foreground(label))):
+            mask = np.asarray(load_picture(tmp_path / "masks" / f"{record.name}{suffix}.png"))
+            assert np.array_equal(mask, side.astype(np.uint8)), f"{record.name}{suffix}"
 
 
-def test_a_model_that_never_looks_scores_as_the_baseline(prepared, tmp_path):
-    metrics = oracle_metrics(prepared, tmp_path, blind=True)
+def test_figure_shows_the_masks_with_their_clicks(prepared, tmp_path, figures):
+    test = oracle_test(prepared, tmp_path)
+    score_clicks(test)
+    (figure,) = figures.values()
+    rows = np.array(figure.axes).reshape(-1, 4)
+    headings = ["photograph", "truth", "click on the pet", "click on the background"]
+    assert [axis.get_title() for axis in rows[0]] == headings
+    assert figure.get_suptitle() == test.note
+    records = {record.name: record for record in test.test_set.records}
+    for row in rows:
+        place, name = row[0].get_ylabel().split("\n")[0].split(": ")
+        assert place in ("best", "median", "worst") and "object IoU 1.00" in row[0].get_ylabel()
+        record = records[name]
+        photo, truth, *masks = (axis.images[0].get_array() for axis in row)
+        label = record.load_label()
+        assert np.array_equal(photo, np.asarray(load_picture(record.image)))
+        assert np.array_equal(truth, PETS.overlay(photo, label))
+        clicks = {click.on_pet: click for click in read_points([record])[0]}
+        for picture, on_pet in zip(masks, (True, False)):
+            click, side = clicks[on_pet], foreground(label) == on_pet
+            expected = mark_click(CLICKS.overlay(photo, side.astype(np.uint8)), click.x, click.y)
+            assert np.array_equal(picture, expected)
+
+
+def test_blind_model_scores_as_the_baseline(prepared, tmp_path, figures):
+    score_clicks(oracle_test(prepared, tmp_path, blind=True))
+    metrics = read_json(tmp_path / "metrics.json")
     for kind in ("iou", "dice", "accuracy"):
         assert metrics[kind] == metrics["baseline"][kind]
     assert metrics["by_click"]["pet"]["iou"]["object"] == 1 and metrics["by_click"]["background"]["iou"]["object"] == 0
     assert metrics["own_mask"] == pytest.approx(0.5) and metrics["flips"] == 0
 
 
-def test_flips():
-    mask = torch.zeros(2, 4, 4, dtype=torch.long)
+def test_scores_at_another_size(prepared, tmp_path, figures):
+    """Clicks move to the size that is scored; a model that knows the outline is nearly perfect there, too."""
+    test = oracle_test(prepared, tmp_path, size=64)
+    score_clicks(test)
+    metrics = read_json(tmp_path / "metrics.json")
+    assert metrics["iou"]["mean"] > 0.9 and metrics["own_mask"] > 0.95 and metrics["score_size"] == 64
+    assert metrics["clicks"] == 2 * len(test.test_set)
+
+
+def test_clicks_are_not_scored_with_a_model_of_other_classes(prepared, tmp_path):
+    test = oracle_test(prepared, tmp_path)
+    test.checkpoint["class_table"] = PETS.as_plain_dict()
+    with pytest.raises(InputError, match=r"was trained on the classes background, cat, dog, .* has ground, object"):
+        score_clicks(test)
+
+
+def test_follows_click():
+    masks = torch.zeros(2, 4, 4, dtype=torch.long)
     clicks = [Click(0, 0, True), Click(3, 3, False)]
-    mask[0, 0, 0] = mask[1, 3, 3] = 1
-    assert flipped(mask, clicks) == [True, True]
-    mask[1, 0, 0] = 1
-    assert flipped(mask, clicks) == [True, False]
+    masks[0, 0, 0] = masks[1, 3, 3] = 1
+    assert follows_click(masks, clicks)
+    masks[1, 0, 0] = 1
+    assert not follows_click(masks, clicks)
 
 
-def test_ten_clicks_lie_where_they_say(prepared):
+def test_random_clicks_are_on_their_side(prepared):
     label = find_records(prepared, "Test")[0].load_label()
-    clicks = draw_clicks(label, np.random.default_rng(0))
-    assert [click.on_pet for click in clicks] == [True] * 5 + [False] * 5
-    assert all(bool(pet_pixels(label)[click.y, click.x]) == click.on_pet for click in clicks)
-    assert [click.on_pet for click in draw_clicks(np.zeros((4, 4), np.uint8), np.random.default_rng(0))] == [False] * 5
+    clicks = sample_clicks(label, np.random.default_rng(0))
+    assert [click.on_pet for click in clicks] == [True] * RANDOM_CLICKS + [False] * RANDOM_CLICKS
+    assert all(bool(foreground(label)[click.y, click.x]) == click.on_pet for click in clicks)
+    without_pet = sample_clicks(np.zeros((4, 4), np.uint8), np.random.default_rng(0))
+    assert [click.on_pet for click in without_pet] == [False] * RANDOM_CLICKS
 
 
-def test_the_mark_is_at_the_click():
-    marked = with_mark(np.full((100, 200, 3), 128, np.uint8), 150, 30)
+def test_mark_is_at_the_click():
+    marked = mark_click(np.full((100, 200, 3), 128, np.uint8), 150, 30)
     assert tuple(marked[30, 150]) == (255, 255, 255) and tuple(marked[30, 50]) == (128, 128, 128)
-
-
-@pytest.mark.parametrize("encoding", ENCODINGS)
-def test_the_scripts(encoding, clip_folder, prepared, tmp_path):
-    out = tmp_path / "run"
-    result = run(
-        "point_clip/train.py", "--data", prepared, "--out", out, "--clip-model", clip_folder,
-        "--point-encoding", encoding, "--freeze-encoder", "--epochs", 1, *(TINY if encoding == "disk" else HEATMAP),
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    last = load_checkpoint(out / "last.pt", "point_clip")
-    assert not any("vision" in key for key in last["model"]) and last["scores"]["iou"].keys() == {
-        "ground",
-        "object",
-        "mean",
-    }
-    result = run("point_clip/test.py", "--data", prepared, "--checkpoint", out / "best.pt", "--limit", 4)
-    assert result.returncode == 0, result.stderr
-    metrics = json.loads((out / "test/metrics.json").read_text())
-    assert metrics["clicks"] == 8 and metrics["baseline"]["name"] == "true outline, blind to the click"
-
-    record = find_records(prepared, "Test")[0]
-    click = read_points([record])[0][0]
-    flags = ["--checkpoint", out / "best.pt", "--images", record.image, "--out", tmp_path / "masks"]
-    result = run("point_clip/test.py", *flags, "--point", f"{click.x},{click.y}")
-    assert result.returncode == 0, result.stderr
-    mask = np.asarray(Image.open(tmp_path / f"masks/{record.name}_mask.png"))
-    assert mask.shape == record.load_label().shape and set(np.unique(mask)) <= {0, 1}
-    if encoding == "disk":  # the errors are the same for both
-        for arguments, message in [
-            (["--point", "5000,3"], "the point (5000.0, 3.0) is not in it"),
-            ([], "--images and --point go together"),
-        ]:
-            result = run("point_clip/test.py", *flags, *arguments)
-            assert result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr
-
-
-def test_scores_at_another_size(prepared, tmp_path):
-    """Clicks are moved to the size that is scored; the model that knows the outline is nearly perfect there, too."""
-    config = ScoreConfig(
-        data=prepared, checkpoint=tmp_path / "best.pt", out=tmp_path, workers=0, batch_size=5, score_size=64
-    )
-    checkpoint = {"model_name": "point_clip", "epoch": 1, "config": {"image_size": 64, "seed": 0}}
-    loader = make_test_loader(config, 64)
-    model = Oracle(find_records(prepared, "Test"), blind=False)
-    model.labels = [torch.from_numpy(loader.dataset[index]["label"]) for index in range(12)]
-    metrics = score_clicks(model, checkpoint, loader, config, torch.device("cpu"), synthetic=True)
-    assert metrics["iou"]["mean"] > 0.9 and metrics["own_mask"] > 0.95 and metrics["clicks"] == 24
-
-
-def test_a_width_that_has_no_effect_is_refused(prepared, tmp_path):
-    result = run("point_clip/train.py", "--data", prepared, "--out", tmp_path / "run", "--base-channels", 2)
-    assert result.returncode == 1 and "--base-channels is for --point-encoding disk" in result.stderr
-
-
-@pytest.fixture
-def segmenter(clip_folder, tmp_path) -> Path:
-    """A checkpoint of clip_seg with CLIP frozen, untrained."""
-    torch.manual_seed(1)
-    encoder, encoder_args = make_encoder(str(clip_folder), frozen=True)
-    options = {"num_classes": 3, "base_channels": 2, "skips": True}
-    checkpoint = {
-        "model_name": "clip_seg", "model": ClipSegmenter(encoder, **options).state_dict(),
-        "model_args": {"encoder": encoder_args, **options},
-        "config": {"clip_model": str(clip_folder), "clip_image_size": None, "clip_random_init": False,
-                   "freeze_encoder": True},
-    }  # fmt: skip
-    save_checkpoint(tmp_path / "clip_seg.pt", checkpoint)
-    return tmp_path / "clip_seg.pt"
-
-
-def test_it_starts_from_the_segmenter(segmenter, prepared, tmp_path):
-    """With a learning rate of zero the parts that it took are still those of the segmenter afterwards."""
-    flags = ["--data", prepared, "--clip-seg", segmenter, "--lr", 0, "--epochs", 1, "--skips"]
-    start = load_checkpoint(segmenter, "clip_seg")
-    for encoding, own in (("disk", TINY), ("heatmap", HEATMAP)):
-        out = tmp_path / encoding
-        result = run("point_clip/train.py", *flags, "--out", out, "--point-encoding", encoding, *own)
-        assert result.returncode == 0, result.stderr
-        last = load_checkpoint(out / "last.pt", "point_clip")
-        assert last["model_args"]["encoder"] == start["model_args"]["encoder"]
-        taken = [key for key in start["model"] if key.endswith("weight") and key.startswith(("project", "decoder"))]
-        same = [key in last["model"] and torch.equal(last["model"][key], start["model"][key]) for key in taken]
-        # A heatmap's decoder has twice the inputs and is its own.
-        assert taken and (all(same) if encoding == "disk" else not any(same))
-
-
-def test_what_is_compared_with_the_click_starts_as_the_segmenters_classes(segmenter):
-    checkpoint = load_checkpoint(segmenter, "clip_seg")
-    checkpoint["model"]["head.weight"] *= 1000  # beside the random start of the other weights
-    save_checkpoint(segmenter, checkpoint)
-    start, _ = load_model(segmenter, build_segmenter, "clip_seg", torch.device("cpu"))
-    model, _ = start_from(Config(clip_seg=segmenter), {"encoding": "disk", "base_channels": 2, "skips": True})
-    image = torch.rand(2, 3, 64, 64)
-    with torch.inference_mode():
-        (features,) = model.eval().encode(image)
-        *shallower, tokens = start.encoder(image)
-        logits = start.head(start.decoder(start.project(tokens), shallower))
-        pet = logits[:, 1:].mean(dim=1, keepdim=True) - logits[:, :1]
-    expected = (START_SCALE * pet).tanh().expand_as(features)
-    assert expected.abs().max() > 0.05 and (features - expected).abs().max() < 0.01
-
-
-def test_a_start_from_another_model_is_refused(segmenter, tmp_path):
-    for given, message in [
-        ({}, f"the decoder of --clip-seg {segmenter} is another one: give it as --base-channels 2 --skips"),
-        ({"skips": True, "base_channels": 2, "clip_random_init": True}, "leave --clip-random-init out"),
-        ({"clip_seg": tmp_path / "none.pt"}, "none.pt"),
-    ]:
-        config = Config(**{"clip_seg": segmenter, "point_encoding": "disk", **given})
-        options = {"encoding": "disk", "base_channels": config.base_channels, "skips": config.skips}
-        with pytest.raises(InputError, match=re.escape(message)):
-            start_from(config, options)

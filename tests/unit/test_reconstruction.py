@@ -1,27 +1,37 @@
-"""autoencoder/reconstruction.py: losses, scores and the trivial reconstructions."""
+"""autoencoder/reconstruction.py: losses, scores, the trivial reconstructions, and the model that reconstructs."""
 
 from __future__ import annotations
 
-import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import nn
 from torch.nn import functional as F
 
+from autoencoder import reconstruction
+from autoencoder.model import Autoencoder, AutoencoderSegmenter
 from autoencoder.reconstruction import (
     LOSSES,
-    ReconstructionLoss,
     edge_loss,
+    find_autoencoder,
     psnr,
+    score_both,
     score_reconstruction,
     ssim,
     trivial_reconstructions,
 )
-from dataset.pet import make_test_loader
-from utils.config import TestConfig as ScoreConfig
+from autoencoder.test import Config
+from dataset.pet import make_test_set
+from tests.helpers import CPU, assert_same_weights, save_model
+from utils import evaluation
+from utils.evaluation import ModelTest
+from utils.files import InputError, read_json
+from utils.helper import load_checkpoint
+from utils.loss import WeightedLoss
 
 
 def smooth_images(seed: int = 0, size: tuple[int, int] = (48, 40)) -> torch.Tensor:
@@ -34,10 +44,14 @@ def blurred(image: torch.Tensor) -> torch.Tensor:
     return F.avg_pool2d(F.pad(image, (2, 2, 2, 2), mode="replicate"), 5, stride=1)
 
 
-@pytest.mark.parametrize("spoil", [blurred, lambda image: (image + 0.1 * torch.randn_like(image)).clamp(0, 1)])
-def test_ssim_and_psnr_agree_with_scikit_image(spoil):
+def noisy(image: torch.Tensor) -> torch.Tensor:
+    return (image + 0.1 * torch.randn_like(image)).clamp(0, 1)
+
+
+@pytest.mark.parametrize("degrade", [blurred, noisy])
+def test_ssim_and_psnr_agree_with_scikit_image(degrade):
     target = smooth_images()
-    prediction = spoil(target)
+    prediction = degrade(target)
     for index, (own_ssim, own_psnr) in enumerate(zip(ssim(prediction, target), psnr(prediction, target))):
         pair = [image[index].permute(1, 2, 0).double().numpy() for image in (target, prediction)]
         # Wang et al. 2004: Gaussian window with sigma 1.5, cut at 11 px, population covariance.
@@ -49,12 +63,12 @@ def test_ssim_and_psnr_agree_with_scikit_image(spoil):
 def test_psnr_by_hand():
     image = torch.full((2, 3, 8, 8), 0.5)
     assert psnr(image + 0.1, image).tolist() == pytest.approx([20, 20], abs=1e-4)
-    assert psnr(image, image).tolist() == [100, 100], "and not infinite"
+    assert psnr(image, image).tolist() == [100, 100], "not infinite"
 
 
 @pytest.mark.parametrize("name", [*LOSSES, "mse+0.5*ssim+0.1*edge"])
-def test_gradients_are_those_of_the_loss(name):
-    loss = ReconstructionLoss(name)
+def test_gradients_agree_with_finite_differences(name):
+    loss = WeightedLoss(name, LOSSES)
     torch.manual_seed(0)
     target = torch.rand(1, 3, 13, 12, dtype=torch.float64)
     prediction = torch.rand(1, 3, 13, 12, dtype=torch.float64, requires_grad=True)
@@ -62,26 +76,26 @@ def test_gradients_are_those_of_the_loss(name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_equal_images_cost_nothing_and_worse_ones_more(name):
+def test_loss_grows_with_the_error(name):
     image, loss = smooth_images(), LOSSES[name]
     costs = [loss(image, image), loss(0.8 * image + 0.2 * blurred(image), image), loss(blurred(image), image)]
     assert costs[0].item() == pytest.approx(0, abs=1e-6)
     assert costs[0] < costs[1] < costs[2]
 
 
-def test_the_edge_loss_is_about_edges():
+def test_edge_loss_by_hand():
     image = torch.zeros(1, 3, 16, 16)
     image[..., 8:] = 0.8
-    assert edge_loss(image + 0.1, image).item() == pytest.approx(0, abs=1e-6), "brightness is left open"
+    assert edge_loss(image + 0.1, image).item() == pytest.approx(0, abs=1e-6), "a constant difference has no edge"
     shifted = image.roll(1, dims=-1)  # moves the edge by a pixel, and wraps one column around
     # Of 15 steps to the right in a row two differ by 0.8 at the edge, and one at the border; none downwards.
     assert edge_loss(shifted[..., 1:], image[..., 1:]).item() == pytest.approx(2 * 0.8**2 / 14)
 
 
-def test_a_weighted_sum_is_the_sum_of_its_parts():
+def test_weighted_sum_of_losses():
     image, other = smooth_images(0), smooth_images(1)
     parts = LOSSES["mse"](other, image) + 0.5 * LOSSES["ssim"](other, image) + 2 * LOSSES["edge"](other, image)
-    assert ReconstructionLoss("mse+0.5*ssim+2*edge")(other, image).item() == pytest.approx(parts.item(), rel=1e-6)
+    assert WeightedLoss("mse+0.5*ssim+2*edge", LOSSES)(other, image).item() == pytest.approx(parts.item(), rel=1e-6)
 
 
 def test_trivial_reconstructions():
@@ -101,14 +115,107 @@ class Identity(nn.Module):
         return image
 
 
-def test_scores_of_a_perfect_model_and_the_trivial_ones(prepared, tmp_path, capsys):
-    loader = make_test_loader(ScoreConfig(data=prepared, workers=0, batch_size=5), 32)
-    metrics = score_reconstruction(Identity(), loader, torch.device("cpu"), tmp_path, factor=8, details={"of": "it"})
-    assert metrics == json.loads((tmp_path / "reconstruction.json").read_text())
-    assert (metrics["images"], metrics["size"], metrics["of"]) == (12, [32, 32], "it")
+def make_test(data: Path, run: Path, *, reconstruction: Path | None = None, encoder: str | None = None) -> ModelTest:
+    """A test of the second stage in the folder `run`; an untrained first stage is beside it."""
+    torch.manual_seed(0)
+    first = Autoencoder(base_channels=2).eval()
+    segmenter = AutoencoderSegmenter(first.encoder).eval()
+    width = {"base_channels": 2}
+    save_model(run / "reconstruction/best.pt", first, "autoencoder/reconstruction", width)
+    path = save_model(run / "segmentation/best.pt", segmenter, "autoencoder", width, encoder=encoder)
+    config = Config(checkpoint=path, data=data, workers=0, batch_size=5, device="cpu", reconstruction=reconstruction)
+    return ModelTest(segmenter, load_checkpoint(path), make_test_set(config, 32), config, CPU)
+
+
+@pytest.fixture
+def figures(monkeypatch) -> dict[str, Figure]:
+    """The figures that a test saves, by file name."""
+    saved: dict[str, Figure] = {}
+    for module in (reconstruction, evaluation):
+        monkeypatch.setattr(module, "save_figure", lambda figure, path: saved.update({path.name: figure}))
+    return saved
+
+
+def test_scores_of_a_perfect_model_and_the_trivial_ones(prepared, tmp_path, figures):
+    test = make_test(prepared, tmp_path)
+    out = test.config.results
+    out.mkdir()
+    text = score_reconstruction(Identity(), Path("first.pt"), test)
+    metrics = read_json(out / "reconstruction.json")
+    assert (metrics["images"], metrics["size"], metrics["checkpoint"]) == (len(test.test_set), [32, 32], "first.pt")
     assert metrics["mean"]["autoencoder"] == {"psnr": pytest.approx(100), "ssim": pytest.approx(1)}
-    images = np.stack([item["image"].numpy() for item in map(loader.dataset.__getitem__, range(12))]) / 255
+    assert list(metrics["mean"]) == ["autoencoder", "mean image", "own mean color", "bilinear 4x4"]
+    images = np.stack([test.test_set[index]["image"].numpy() for index in range(len(test.test_set))]) / 255
     error = ((images - images.mean(axis=0)) ** 2).mean(axis=(1, 2, 3))
-    assert metrics["mean"]["mean image"]["psnr"] == pytest.approx(float(np.mean(-10 * np.log10(error))), abs=1e-3)
-    assert (tmp_path / "reconstructions.png").stat().st_size > 10_000
-    assert "own mean color" in capsys.readouterr().out
+    expected = float(np.mean(-10 * np.log10(error)))
+    assert metrics["mean"]["mean image"]["psnr"] == pytest.approx(expected, abs=1e-3)
+    assert "PSNR (dB)" in text and f"{expected:.2f}" in text
+
+
+def test_figure_shows_photograph_and_reconstruction(prepared, tmp_path, figures):
+    class Negative(nn.Module):
+        def forward(self, image):
+            return 1 - image
+
+    test = make_test(prepared, tmp_path)
+    test.config.results.mkdir()
+    score_reconstruction(Negative(), Path("first.pt"), test)
+    rows = np.array(figures["reconstructions.png"].axes).reshape(-1, 3)
+    assert [axis.get_title() for axis in rows[0]] == ["photograph", "reconstruction", "bilinear 4x4 and back"]
+    pixels = {item["name"]: item["image"] for item in map(test.test_set.__getitem__, range(len(test.test_set)))}
+    quality = []
+    for row in rows:
+        name, db = row[0].get_ylabel().split(": ")[1].split("\n")
+        image = pixels[name].permute(1, 2, 0).numpy()
+        assert np.array_equal(row[0].images[0].get_array(), image)
+        assert np.array_equal(row[1].images[0].get_array(), 255 - image)
+        quality.append(float(db.removesuffix(" dB")))
+        assert quality[-1] == pytest.approx(
+            psnr(1 - pixels[name][None] / 255, pixels[name][None] / 255).item(), abs=0.1
+        )
+    assert quality == sorted(quality, reverse=True), "best, median, worst"
+
+
+def test_first_stage_is_scored_beside_the_second(prepared, tmp_path, figures):
+    test = make_test(prepared, tmp_path)
+    text = score_both(test)
+    metrics = read_json(tmp_path / "segmentation/test/reconstruction.json")
+    assert metrics["checkpoint"] == str(tmp_path / "reconstruction/best.pt")
+    assert "PSNR (dB)" in text and "IoU" in text
+    assert read_json(tmp_path / "segmentation/test/metrics.json")["model"] == "autoencoder"
+
+
+def test_autoencoder_is_found(prepared, tmp_path):
+    """Beside the second stage, where --encoder of the training had it, or where --reconstruction says."""
+    other = tmp_path / "moved.pt"
+    for options, expected in [
+        ({}, tmp_path / "run/reconstruction/best.pt"),
+        ({"encoder": str(other)}, other),
+        ({"reconstruction": other, "encoder": "gone.pt"}, other),
+    ]:
+        test = make_test(prepared, tmp_path / "run", **options)
+        other.write_bytes((tmp_path / "run/reconstruction/best.pt").read_bytes())
+        autoencoder, path = find_autoencoder(test)
+        assert path == expected
+        assert_same_weights({"model": autoencoder.state_dict()}, load_checkpoint(path))
+
+
+def test_reconstruction_without_an_autoencoder_is_not_scored(prepared, tmp_path, figures, caplog):
+    for encoder, reason in [("random", "the encoder was never trained"), ("gone.pt", "gone.pt is missing")]:
+        test = make_test(prepared, tmp_path, encoder=encoder)
+        score_both(test)
+        assert f"the reconstruction is not scored: {reason}" in caplog.text
+        assert not (test.config.results / "reconstruction.json").exists()
+        assert read_json(test.config.results / "metrics.json")["model"] == "autoencoder"
+
+
+def test_autoencoder_with_another_encoder_is_refused(prepared, tmp_path):
+    test = make_test(prepared, tmp_path)
+    path = tmp_path / "reconstruction/best.pt"
+    other = load_checkpoint(path)
+    other["model"]["encoder.blocks.0.1.running_mean"] += 1
+    torch.save(other, path)
+    with pytest.raises(InputError, match=r"holds another encoder than .*: give the right file as --reconstruction"):
+        score_both(test)
+    with pytest.raises(InputError, match="no such checkpoint"):
+        find_autoencoder(make_test(prepared, tmp_path, reconstruction=tmp_path / "none.pt"))

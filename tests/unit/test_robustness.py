@@ -1,146 +1,208 @@
-"""utils/robustness.py: the sweep, by test.py of every model, and its summary."""
+"""utils/robustness.py: the variants of a test set with perturbations, the summary of their scores, and its figure."""
 
 from __future__ import annotations
 
 import csv
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from clip_seg.model import ClipEncoder
-from dataset.perturbation import PERTURBATIONS, choose, make_damage
-from dataset.pet import find_records, make_test_loader
-from dataset.pet_heatmap import picture_size, read_points
+from dataset.perturbation import PERTURBATIONS, Perturbation, choose_perturbations
+from dataset.pet import PetDataset, Record, find_records
+from dataset.pet_heatmap import click_target, read_points
 from point_clip.model import PointClip
-from point_clip.scoring import answer_clicks, predict_clicks
-from tests.conftest import TINY_CLIP, run
+from point_clip.scoring import predict_clicks
+from point_clip.test import Config
+from tests.helpers import CPU, UNET_ARGS, tiny_clip_encoder
 from unet.model import UNet
-from unet.test import Config
-from utils.dataset import IGNORE
-from utils.evaluation import answer_classes, evaluate
-from utils.metric import count_confusion
-from utils.robustness import Damage, passes, summarize, sweep
-
-CPU = torch.device("cpu")
+from utils.dataset import CLICKS, PETS
+from utils.evaluation import ModelTest, evaluate, predict_classes
+from utils.figures import class_styles
+from utils.image import rescale_point
+from utils.metric import ConfusionMatrix, count_confusion
+from utils.predictor import resize_logits
+from utils.robustness import (
+    Variant,
+    format_robustness,
+    list_variants,
+    plot_robustness,
+    select_levels,
+    summarize_levels,
+    summarize_robustness,
+    write_robustness,
+)
 
 
 @pytest.fixture
 def model() -> UNet:
     torch.manual_seed(0)
-    return UNet(base_channels=2).eval()
+    return UNet(**UNET_ARGS).eval()
 
 
-def counts(model, prepared, perturb, **options) -> dict[str, torch.Tensor]:
-    config = Config(data=prepared, workers=0, perturb=perturb, **options)
-    return sweep(answer_classes(model), make_damage(config, 32), CPU, 3)
+@pytest.fixture
+def records(prepared: Path) -> list[Record]:
+    return find_records(prepared, "Test")
 
 
-def test_level_zero_is_the_clean_score_and_the_batch_size_changes_nothing(prepared, model):
-    clean = evaluate(model, make_test_loader(Config(data=prepared, workers=0, batch_size=5), 32), CPU).total.counts
-    names = ["gaussian_noise", "brightness_decrease"]
-    one, two = (counts(model, prepared, names, batch_size=size) for size in (5, 12))
-    for name, draws in (("gaussian_noise", 3), ("brightness_decrease", 1)):
-        assert one[name].shape == (10, draws, 3, 3) and torch.equal(one[name], two[name])
-        assert (one[name][0] == clean).all(), "bit for bit"
-        assert (one[name].sum(dim=(2, 3)) == clean.sum()).all(), "every level scores the same pixels"
-    assert not torch.equal(one["gaussian_noise"][9, 0], one["gaussian_noise"][9, 1]), "draws differ"
+def make_test_set(records: list[Record], *names: str) -> PetDataset:
+    return PetDataset(records, 32, label_size="native", perturbations=[PERTURBATIONS[name] for name in names])
 
 
-def test_each_image_is_loaded_once_and_two_models_see_the_same(prepared, model):
-    torch.manual_seed(1)
-    models = iter((model, UNet(base_channels=4).eval()))
-    config = Config(data=prepared, workers=0, perturb=["occlusion", "salt_and_pepper", "gaussian_blur"])
-    damage = make_damage(config, 32)
-    loads, seen = [], []
+def test_variants_are_the_clean_image_and_every_level_and_draw():
+    everything = choose_perturbations([])
+    assert [one.name for one in everything] == list(PERTURBATIONS)
+    variants = list_variants(everything)
+    assert variants[0] == Variant() and len(set(variants)) == len(variants)
+    assert len(variants) == 1 + sum(one.draws * (len(one.amounts) - 1) for one in PERTURBATIONS.values())
+    assert list_variants(choose_perturbations(None)) == [Variant()]
 
-    class Counting:
-        dataset = damage.loader.dataset
 
-        def __iter__(self):
-            for batch in damage.loader:
-                loads.append(len(batch["name"]))
-                yield batch
+@pytest.mark.parametrize("name", ["gaussian_noise", "brightness_decrease"])
+def test_level_zero_is_the_clean_score_and_batch_size_changes_nothing(records, model, name):
+    test_set = make_test_set(records, name)
+    clean = evaluate(predict_classes(model), make_test_set(records), CPU).total.counts
+    one, two = (evaluate(predict_classes(model), test_set, CPU, batch_size=size) for size in (5, 12))
+    assert torch.equal(one.counts, two.counts)
+    levels = select_levels(one.counts.sum(dim=0), one.variants, PERTURBATIONS[name])
+    assert [len(draws) for draws in levels] == [PERTURBATIONS[name].draws] * len(PERTURBATIONS[name].amounts)
+    assert all(torch.equal(counts, clean) for counts in levels[0])
+    assert all(counts.sum() == clean.sum() for draws in levels for counts in draws), "every level scores all pixels"
+    draws = {tuple(counts.flatten().tolist()) for counts in levels[-1]}
+    assert len(draws) == PERTURBATIONS[name].draws, "draws differ"
 
-    for other in models:
+
+def test_all_models_see_the_same_perturbed_images(records, model):
+    test_set = make_test_set(records[:3], "salt_and_pepper", "gaussian_blur")
+    seen = []
+    for one in (model, UNet(num_classes=3, base_channels=4).eval()):
         seen.append([])
+        predict = predict_classes(one)
 
-        def spy(batch, other=other):
+        def record_images(batch, predict=predict):
             seen[-1].append(batch["image"].clone())
-            return answer_classes(other)(batch)
+            return predict(batch)
 
-        sweep(spy, Damage(damage.perturbations, Counting()), CPU, 3)
-    assert sum(loads) == 2 * 12
-    assert len(seen[0]) == passes(damage.perturbations) == 1 + 9 + 2 * 27
+        evaluate(record_images, test_set, CPU)
+    assert len(seen[0]) == len(list_variants(test_set.perturbations))
     assert all(torch.equal(one, two) for one, two in zip(*seen, strict=True))
+    assert len({image.numpy().tobytes() for image in seen[0]}) == len(seen[0]), "no two variants are equal"
 
 
-def test_clicks_are_swept_like_everything_else(prepared):
-    """Level 0 are the scores of the fixed clicks; a photograph without a click is passed over."""
+def test_fixed_clicks_are_scored_in_every_variant(records):
+    """Level 0 has the scores of the fixed clicks, one image at a time; photographs without a click are skipped."""
     torch.manual_seed(0)
-    model = PointClip(ClipEncoder(CLIPVisionModel(CLIPVisionConfig(**TINY_CLIP))), encoding="disk", base_channels=2)
-    records = find_records(prepared, "Test")
-    prompts = {
-        record.name: (picture_size(record.image), clicks) for record, clicks in zip(records, read_points(records))
-    }
+    encoder, _ = tiny_clip_encoder()
+    model = PointClip(encoder, encoding="disk", base_channels=2).eval()
+    image, decode = torch.rand(1, 3, 32, 32), model.decode
+    with torch.inference_mode():
+        median = decode(model.encode(image), torch.tensor([[16.0, 16.0]]), (32, 32)).median()
+    model.decode = lambda *arguments: decode(*arguments) - median  # an untrained model that predicts both classes
+    fixed = dict(zip((record.name for record in records), read_points(records)))
     for record in records[:7]:
-        prompts[record.name] = (prompts[record.name][0], [])
-    config = Config(data=prepared, workers=0, batch_size=5, perturb=["brightness_increase"])
-    answer = answer_clicks(model.eval(), prompts, 32)
-    table = sweep(answer, make_damage(config, 32), CPU, 2)["brightness_increase"]
-    assert table.shape == (10, 1, 2, 2)
+        fixed[record.name] = []
+    test_set = make_test_set(records, "brightness_increase")
+    test = ModelTest(model, {"config": {"image_size": 32}}, test_set, Config(), CPU)
+    found = evaluate(predict_clicks(test, fixed, {}), test_set, CPU, batch_size=5, class_table=CLICKS)
 
     expected = torch.zeros(2, 2, dtype=torch.int64)
     with torch.inference_mode():
-        for item, record in list(zip(make_test_loader(config, 32).dataset, records))[7:]:
+        for item, record in list(zip(test_set, records))[7:]:
             features = model.encode(item["image"][None] / 255)
-            for click in prompts[record.name][1]:
-                (mask,) = predict_clicks(model, features, [click], item["label"].shape, 32)
-                on_pet = torch.from_numpy(item["label"] > 0)
-                target = torch.where(torch.from_numpy(item["label"]) == IGNORE, IGNORE, (on_pet == click.on_pet).int())
-                expected += count_confusion(mask, target, 2)
-    assert (table[0, 0].sum(dim=1) == expected.sum(dim=1)).all() and expected.sum() > 0
-    assert (table[0, 0] - expected).abs().sum() < 1e-4 * expected.sum(), "a batch rounds otherwise than one image"
+            label = torch.from_numpy(item["label"])
+            for click in fixed[record.name]:
+                point = rescale_point(click.x, click.y, label.shape[::-1], (32, 32))
+                logits = resize_logits(model.decode(features, torch.tensor([point]), (32, 32)), label.shape)
+                target = click_target(label[None], torch.tensor([click.on_pet]))
+                expected += count_confusion((logits[:, 0] > 0).long(), target, 2)
+    total = found.counts.sum(dim=0)
+    assert (total[0].sum(dim=1) == expected.sum(dim=1)).all() and expected.sum() > 0
+    assert (total[0] - expected).abs().sum() < 1e-4 * expected.sum(), "sums of a batch are rounded differently"
+    assert (total.sum(dim=2) == expected.sum(dim=1)).all(), "the same targets in each variant"
+    assert (total[0] > 0).all() and not torch.equal(total[-1], total[0])
 
 
-def test_perturbing_needs_labels(trained, prepared):
-    picture = find_records(prepared, "Test")[0].image
-    result = run("unet/test.py", "--checkpoint", trained / "best.pt", "--images", picture, "--perturb")
-    assert result.returncode == 1 and "--perturb scores a split" in result.stderr
-
-
-def test_the_summary_by_hand():
+def test_summary_of_levels_by_hand():
     mean = [[0.8], [0.6, 0.8, 0.7], [0.4]]
-    dice = {"cat": mean, "background": mean, "dog": [[None], [0.1, None, None], [None]]}
-    left = summarize({"dice": dice}, ["background", "cat"])  # no dog in the truth: what is taken for one is no mean
-    assert left["retained_last"] == pytest.approx(0.5)
-    assert left["retained_mean"] == pytest.approx((0.7 + 0.4) / 2 / 0.8)
-    assert left["area"] == pytest.approx((0.75 + 0.55) / 2)
+    scores = {"dice": {"cat": mean, "background": mean, "dog": [[None], [0.1, None, None], [None]]}}
+    summary = summarize_levels(scores, ["background", "cat"])  # no dog in the truth: a predicted one does not count
+    assert summary["retained_last"] == pytest.approx(0.5)
+    assert summary["retained_mean"] == pytest.approx((0.7 + 0.4) / 2 / 0.8)
+    assert summary["area"] == pytest.approx((0.75 + 0.55) / 2)
 
 
-def test_the_script_writes_what_it_says(trained, prepared, tmp_path):
-    flags = ["--checkpoint", trained / "best.pt", "--data", prepared, "--workers", 0, "--device", "cpu"]
-    result = run("unet/test.py", *flags, "--out", tmp_path, "--perturb", "occlusion", "contrast_decrease")
-    assert result.returncode == 0, result.stderr
-    assert "mean Dice that is left, %" in result.stdout and str(tmp_path / "robustness.csv") in result.stdout
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    summary = json.loads((tmp_path / "robustness.json").read_text())
-    assert list(summary["perturbations"]) == ["contrast_decrease", "occlusion"] and summary["images"] == 12
-    for entry in summary["perturbations"].values():
-        for kind in ("dice", "iou"):
-            assert all(value == metrics[kind][label] for label in metrics[kind] for value in entry[kind][label][0])
+WAYS = (  # `perturbed` counts: two draws at each of three levels for the first
+    Perturbation("first", "unit", (0, 1, 2), None, sample=True),
+    Perturbation("second", "factor", (1, 3, 9), None),
+)
+
+
+@pytest.fixture
+def summary(monkeypatch) -> dict:
+    """Half of each class is right in the clean images, less at each level; there is no dog in the truth."""
+    monkeypatch.setattr(Perturbation, "draws", property(lambda self: 2 if self.sample else 1))
+    variants = list_variants(WAYS)
+    counts = []
+    for variant in variants:
+        right = 50 - 10 * variant.level - 2 * variant.draw - 5 * (variant.perturbation is WAYS[1])
+        counts.append(torch.tensor([[right, 100 - right, 0], [100 - right, right, 0], [0, 0, 0]]))
+    return summarize_robustness(torch.stack(counts), variants, PETS)
+
+
+def dice(right: int) -> float:
+    table = torch.tensor([[right, 100 - right, 0], [100 - right, right, 0], [0, 0, 0]])
+    return ConfusionMatrix(PETS.names, table).scores()["dice"]["cat"]
+
+
+def test_summary_holds_scores_by_level_and_draw(summary):
+    first, second = (summary["perturbations"][way.name] for way in WAYS)
+    assert first["dice"]["cat"] == [[dice(50)] * 2, [dice(40), dice(38)], [dice(30), dice(28)]]
+    assert second["dice"]["cat"] == [[dice(50)], [dice(35)], [dice(25)]] and second["amounts"] == [1, 3, 9]
+    assert first["dice"]["dog"] == [[None] * 2] * 3, "no dog in the truth or the prediction"
+    assert first["retained_last"] == pytest.approx((dice(30) + dice(28)) / 2 / dice(50))
+    for key in ("retained_last", "retained_mean", "area"):
+        assert summary[key] == pytest.approx((first[key] + second[key]) / 2)
+
+
+def test_files_hold_the_summary(summary, tmp_path):
+    text = write_robustness(tmp_path, summary, PETS, "title")
+    assert format_robustness(summary) in text and str(tmp_path / "robustness.csv") in text
+    assert json.loads((tmp_path / "robustness.json").read_text()) == json.loads(json.dumps(summary))
     with (tmp_path / "robustness.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 4 * (10 + 3 * 10)
-    assert {row["amount"] for row in rows if row["perturbation"] == "occlusion"} == set(map(str, range(0, 50, 5)))
-    assert (tmp_path / "robustness.png").stat().st_size > 10_000
+    assert len(rows) == sum(len(way.amounts) * way.draws for way in WAYS) * (len(PETS) + 1)
+    for row in rows:
+        entry = summary["perturbations"][row["perturbation"]]
+        assert float(row["amount"]) == entry["amounts"][int(row["level"])]
+        for kind in ("dice", "iou"):
+            value = entry[kind][row["class"]][int(row["level"])][int(row["draw"])]
+            assert row[kind] == ("" if value is None else f"{value:.6f}")
+    assert (tmp_path / "robustness.png").is_file()
 
-    result = run("unet/test.py", *flags, "--out", tmp_path / "fog", "--perturb", "fog")
-    assert result.returncode == 1 and "--perturb fog: no such perturbation" in result.stderr
-    assert not (tmp_path / "fog").exists(), "said before anything is scored"
+
+def test_text_lists_the_most_harmful_perturbation_first(summary):
+    lines = format_robustness(summary).splitlines()
+    assert [line.split()[0] for line in lines] == ["retained", "second", "first", "mean"]
+    assert lines[1].split()[1:] == [
+        f"{100 * summary['perturbations']['second'][key]:.1f}" for key in ("retained_last", "retained_mean", "area")
+    ]
 
 
-def test_without_names_it_is_all_of_them():
-    assert passes(choose([])) == 127
-    assert [way.name for way in choose([])] == list(PERTURBATIONS)
+def test_figure_shows_mean_and_range_of_the_draws(summary):
+    figure = plot_robustness(summary["perturbations"], PETS, "title")
+    panels = [axis for axis in figure.axes if axis.get_visible()]
+    assert [axis.get_title() for axis in panels] == [way.name for way in WAYS]
+    assert [axis.get_xlabel() for axis in panels] == [way.unit for way in WAYS]
+    assert figure.get_suptitle() == "title"
+    styles = class_styles(PETS)
+    for axis, entry in zip(panels, summary["perturbations"].values()):
+        lines = {line.get_label(): line for line in axis.get_lines()}
+        assert list(lines) == [*PETS.names, "mean"]
+        np.testing.assert_allclose(lines["cat"].get_ydata(), [np.mean(draws) for draws in entry["dice"]["cat"]])
+        assert np.isnan(lines["dog"].get_ydata().astype(float)).all()
+        assert all((line.get_color(), line.get_linestyle()) == styles[name] for name, line in lines.items())
+    band = panels[0].collections[1].get_paths()[0].vertices[:, 1]
+    assert band.min() == pytest.approx(dice(28)) and band.max() == pytest.approx(dice(50))
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [*PETS.names, "mean"]

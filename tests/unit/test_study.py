@@ -1,146 +1,324 @@
-"""study/run.py: what is run in which order, what is not run again, and a study that is killed."""
+"""study/run.py and experiments.py: the scripts that a study starts, with which flags, and what it refuses."""
 
 from __future__ import annotations
 
-import json
-import os
-import signal
+import importlib
+import shutil
 import subprocess
 import sys
-import time
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
-import torch
 
+from models import MODELS as MODEL_TABLE
 from study import run as study
-from tests.conftest import ROOT, TINY, run
+from study.experiments import LISTS, MODELS, PRETRAINING, Experiment
+from tests.helpers import ROOT
+from utils.config import Terminated, as_plain_dict, flag_name, parse
 from utils.files import InputError, write_json
-from utils.helper import load_checkpoint
+
+RANDOM_CLIP = ("--", "--clip-random-init")
+WITHOUT_CLIP = next(one for one in MODELS if not one.starts_from and "clip" not in one.model)
+ON_CLIP = next(one for one in MODELS if not one.starts_from and "clip" in one.model)
+DEPENDENT = next(one for one in MODELS if one.starts_from)
+
+
+class Command(NamedTuple):
+    """A script that was started, with its arguments."""
+
+    script: str
+    arguments: list[str]
+
+    @property
+    def model(self) -> str:
+        return self.script.split("/")[0]
+
+    def value(self, name: str) -> str:
+        """The value of a flag."""
+        return self.arguments[self.arguments.index(name) + 1]
+
+
+def config_of(model: str) -> type:
+    return importlib.import_module(f"{model}.train").Config
 
 
 @pytest.fixture
-def commands(monkeypatch, tmp_path) -> list[list[str]]:
-    """The commands that the study starts; instead of running, each leaves the files that say it is finished."""
-    started = []
+def commands(monkeypatch) -> list[Command]:
+    """The scripts that the study starts. None runs; each leaves the files by which the study sees that it has run."""
+    started: list[Command] = []
 
-    def pretend(command, close_fds):
-        started.append([str(Path(command[1]).relative_to(ROOT)), *command[2:]])
-        flags = dict(zip(command[2::2], command[3::2]))
-        if command[1].endswith("dataset_prep.py"):
-            counts = {"TrainVal": {"cats": 4, "dogs": 8}, "Test": {"cats": 4, "dogs": 8}}
-            write_json(Path(command[2]) / "prep_report.json", {"counts": counts})
-        elif command[1].endswith("train.py"):
-            write_json(Path(flags["--out"]) / "config.json", {})
-        elif command[1].endswith("test.py"):
-            write_json(Path(flags["--checkpoint"]).parent / "test" / "metrics.json", {})
-            write_json(Path(flags["--checkpoint"]).parent / "test" / "robustness.json", {})
+    def start(line: list[str]) -> SimpleNamespace:
+        assert line[0] == sys.executable and all(isinstance(part, str) for part in line)
+        command = Command(Path(line[1]).relative_to(ROOT).as_posix(), line[2:])
+        started.append(command)
+        if command.script.endswith("/train.py"):
+            config = parse(config_of(command.model), "", command.arguments)
+            write_json(config.out / "config.json", as_plain_dict(config))
+        elif command.script.endswith("/test.py"):
+            folder = Path(command.value("--checkpoint")).parent / "test"
+            for name in ("metrics", *["robustness"] * ("--perturb" in command.arguments)):
+                write_json(folder / f"{name}.json", {})
         return SimpleNamespace(wait=lambda: 0)
 
-    monkeypatch.setattr(subprocess, "Popen", pretend)
+    monkeypatch.setattr(subprocess, "Popen", start)
     return started
 
 
-def start(monkeypatch, out: Path, *flags: object) -> None:
-    monkeypatch.setattr("sys.argv", ["study.py", "--out", str(out), "--data", str(out / "data"), *map(str, flags)])
-    study.main()
+@pytest.fixture
+def run_study(monkeypatch, tmp_path: Path):
+    """Run study/run.py in this process, into tmp_path."""
+
+    def start(*flags: object) -> None:
+        monkeypatch.setattr("sys.argv", ["run.py", "--out", str(tmp_path), "--data", "D", *map(str, flags)])
+        study.main()
+
+    return start
 
 
-def of(commands: list[list[str]], script: str, run_name: str) -> dict[str, str]:
-    """Flags of the one `script` of a run."""
-    (command,) = [c for c in commands if c[0].endswith(script) and any(f"/{run_name}" in part for part in c[1:3])]
-    return dict(zip(command[1::2], command[2::2]))
+def select(commands: list[Command], script: str) -> list[Command]:
+    return [command for command in commands if command.script.endswith(script)]
 
 
-def test_everything_in_order(monkeypatch, commands, tmp_path, capsys):
-    start(monkeypatch, tmp_path, "--seeds", 2, "--epochs", 7, "--clip-random-init", "--base-channels", 8)
-    scripts = [command[0] for command in commands]
-    assert scripts[:2] == ["dataset/dataset_prep.py", "dataset/exploration.py"] and scripts[-1] == "study/report.py"
-    models = [model for model, _ in study.KINDS.values()] * 2
-    assert scripts[2:-1] == [f"{model}/{script}" for model in models for script in ("train.py", "test.py")]
-    assert all("--perturb" in command for command in commands if command[0].endswith("test.py"))
-    assert len([part for part in commands[-1] if "/seed" in part]) == 2 * len(study.KINDS)
-
-    heatmap, disk = (of(commands, "train.py", f"seed1/point-{kind}") for kind in ("heatmap", "disk"))
-    assert heatmap["--clip-seg"] == str(tmp_path / "seed1/clip/best.pt") and "--base-channels" not in heatmap
-    assert disk["--clip-seg"] == str(tmp_path / "seed1/clip-skips/best.pt") and disk["--base-channels"] == "8"
-    second = of(commands, "train.py", "seed0/autoencoder-skips")
-    assert second["--encoder"] == str(tmp_path / "seed0/autoencoder/reconstruction/best.pt")
-    said = capsys.readouterr().out
-    assert "study of 14 runs, 14 not finished: each at most 7 epochs on 12 images" in said
-    assert "then 12 test images, each answered 128 times" in said and "seed1/point-disk: ahead" in said
+def folder(command: Command, out: Path) -> str:
+    """SEED/EXPERIMENT of a training."""
+    return str(Path(command.value("--out")).relative_to(out))
 
 
-def test_a_model_alone_starts_from_nothing(monkeypatch, commands, tmp_path):
-    start(monkeypatch, tmp_path, "--models", "point-disk", "--clip-random-init", "--no-perturb")
-    assert "--clip-seg" not in of(commands, "train.py", "seed0/point-disk")
-    assert not any("--perturb" in command for command in commands)
+@pytest.mark.parametrize("name", LISTS)
+def test_every_experiment_of_a_list_is_trained_and_tested_once_per_seed(commands, run_study, tmp_path, name, capsys):
+    run_study("--experiments", name, "--seeds", 2, *(RANDOM_CLIP if name == "models" else ()))
+    folders = [f"seed{seed}/{one.name}" for seed in range(2) for one in LISTS[name]]
+    scripts = [f"{one.model}/{script}" for one in 2 * LISTS[name] for script in ("train.py", "test.py")]
+    prepare, explore = "dataset/dataset_prep.py", "dataset/exploration.py"
+    assert [command.script for command in commands] == [prepare, explore, *scripts, "study/report.py"]
+    assert commands[0].arguments == ["D"] and commands[1].arguments[0] == "D"
+
+    assert [folder(command, tmp_path) for command in select(commands, "train.py")] == folders
+    for command, experiment in zip(select(commands, "train.py"), 2 * LISTS[name]):
+        assert command.value("--data") == "D"
+        assert f"seed{command.value('--seed')}" in Path(command.value("--out")).parts
+        assert set(experiment.flags) <= set(command.arguments)
+    for command, path, experiment in zip(select(commands, "test.py"), folders, 2 * LISTS[name]):
+        assert command.value("--checkpoint") == str(tmp_path / path / MODEL_TABLE[experiment.model].checkpoint)
+        assert "--perturb" in command.arguments and command.value("--data") == "D"
+    report = commands[-1]
+    assert report.arguments[: len(folders)] == [str(tmp_path / path) for path in folders]
+    assert report.value("--out") == str(tmp_path / "report") and report.value("--data") == "D"
+    printed = capsys.readouterr().out
+    assert f"study of {len(folders)} runs" in printed
+    assert all(f"{tmp_path / path}: to do" in printed for path in folders)
 
 
-def test_what_is_finished_is_kept_and_what_was_stopped_goes_on(monkeypatch, commands, tmp_path, capsys):
-    start(monkeypatch, tmp_path, "--models", "unet", "clip", "--clip-random-init")
-    commands.clear()
-    (tmp_path / "seed0/clip/test/robustness.json").unlink()
-    start(monkeypatch, tmp_path, "--models", "unet", "clip", "--clip-random-init", "--workers", 3)
-    assert "study of 2 runs, 1 not finished" in capsys.readouterr().out
-    trained, scored = commands[2:-1]
-    assert trained[0] == "clip_seg/train.py" and trained[-1] == "--resume" and scored[0] == "clip_seg/test.py"
+@pytest.mark.parametrize("name", LISTS)
+def test_experiments_that_start_from_another_get_its_file(commands, run_study, tmp_path, name):
+    run_study("--experiments", name, "--seeds", 2, *(RANDOM_CLIP if name == "models" else ()))
+    training = select(commands, "train.py")
+    finished: set[str] = set()
+    for command, experiment in zip(training, 2 * LISTS[name]):
+        path = folder(command, tmp_path)
+        if experiment.starts_from:
+            flag, other, file = experiment.starts_from
+            start = f"{path.split('/')[0]}/{other}"
+            assert command.value(flag) == str(tmp_path / start / file) and start in finished
+        finished.add(path)
 
 
-def test_what_cannot_work_is_said_at_the_start(monkeypatch, commands, tmp_path, clip_folder):
-    with pytest.raises(InputError, match="--models resnet: there are unet, autoencoder,"):
-        start(monkeypatch, tmp_path, "--models", "resnet", "unet")
+def test_only_the_named_experiments_are_run(commands, run_study):
+    """Without the experiment that it starts from, one starts from its own first stage or weights."""
+    run_study("--only", DEPENDENT.name, "--no-perturb", *(RANDOM_CLIP if "clip" in DEPENDENT.model else ()))
+    (train,), (test,) = select(commands, "train.py"), select(commands, "test.py")
+    assert train.model == test.model == DEPENDENT.model
+    assert DEPENDENT.starts_from[0] not in train.arguments and "--perturb" not in test.arguments
+
+
+def test_encoders_of_the_pretraining_list_are_shared(commands, run_study):
+    """Each reconstruction is trained once per seed, and every experiment under another head gets its encoder."""
+    run_study("--experiments", "pretraining", "--seeds", 2)
+    training = [command for command in select(commands, "train.py") if command.model == "autoencoder"]
+    losses = [one.flags[1] for one in PRETRAINING if "--reconstruction-loss" in one.flags]
+    pretrained = [command for command in training if "--encoder" not in command.arguments]
+    assert [command.value("--reconstruction-loss") for command in pretrained] == 2 * losses
+    reused = [command.value("--encoder") for command in training if "--encoder" in command.arguments]
+    files = {str(Path(command.value("--out")) / "reconstruction/best.pt") for command in pretrained}
+    assert set(reused) - {"random"} == files
+    assert reused.count("random") == 2 * sum("random" in one.flags for one in PRETRAINING)
+
+
+def test_flags_after_the_dashes_go_to_every_training_that_has_them(commands, run_study):
+    passed = {
+        "--epochs": "7", "--base-channels": "8", "--pretrain-epochs": "2", "--clip-random-init": None,
+        "--workers": "1", "--device": "cpu",
+    }  # fmt: skip
+    run_study("--", *(part for pair in passed.items() for part in pair if part is not None))
+    for command, experiment in zip(select(commands, "train.py"), MODELS, strict=True):
+        known = {flag_name(field.name) for field in fields(config_of(experiment.model))}
+        for name, value in passed.items():
+            takes = name in known and name not in experiment.refuses
+            assert (name in command.arguments) == takes, f"{experiment.name} {name}"
+            assert not takes or value in (None, command.value(name))
+    for command in select(commands, "test.py"):
+        assert command.value("--workers") == "1" and command.value("--device") == "cpu"
+        assert not {"--epochs", "--base-channels"} & set(command.arguments)
+
+
+def test_flags_are_grouped_with_their_values():
+    groups = study.group_flags(["--epochs", "3", "--no-skips", "--lr=1e-3", "--clip-random-init"])
+    assert groups == {
+        "--epochs": ["--epochs", "3"], "--skips": ["--no-skips"], "--lr": ["--lr=1e-3"],
+        "--clip-random-init": ["--clip-random-init"],
+    }  # fmt: skip
+
+
+def test_flags_of_the_study_reach_their_scripts(commands, run_study, tmp_path):
+    run_study("--only", WITHOUT_CLIP.name, "--synthetic", 24, "--results", tmp_path / "results")
+    assert commands[0].arguments == ["D", "--synthetic", "24"]
+    assert commands[-1].value("--out") == str(tmp_path / "results")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--only", "resnet", "vgg", MODELS[0].name], f"--only resnet vgg: there are {MODELS[0].name}"),
+        (["--", "--epochs", "3", "--depth", "5", "--accumulate", "2"], "--accumulate --depth: no train.py"),
+        (["--only", WITHOUT_CLIP.name, *RANDOM_CLIP], "--clip-random-init: no train.py of this study"),
+        (["--", "--seed", "3", "--out", "X"], "--out --seed after --: the study sets it for each run"),
+        (["--", "3"], "after -- a flag of a train.py is expected, got '3'"),
+    ],
+)  # fmt: skip
+def test_unknown_names_and_flags_are_refused_before_anything_runs(commands, run_study, flags, message):
+    with pytest.raises(InputError, match=message):
+        run_study(*flags)
     assert commands == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--epochs", "0"], "argument --epochs: expected at least 1, got 0"),
+        (["--loss", "l7"], "argument --loss: expected one of cross-entropy"),
+    ],
+)
+def test_bad_values_end_the_study_as_they_end_a_training(commands, run_study, capsys, flags, message):
+    with pytest.raises(SystemExit) as error:
+        run_study("--", *flags)
+    assert error.value.code == 2 and message in capsys.readouterr().err and commands == []
+
+
+def test_finished_runs_are_kept_and_begun_runs_are_resumed(commands, run_study, tmp_path, capsys):
+    """One run was stopped in training, one in testing; other workers are allowed."""
+    names = [one.name for one in PRETRAINING][:4]
+    flags = ["--experiments", "pretraining", "--only", *names, "--", "--workers"]
+    run_study(*flags, 0)
+    commands.clear()
+    in_training, in_testing = (tmp_path / "seed0" / name / "segmentation/test" for name in names[1:3])
+    shutil.rmtree(in_training)
+    (in_testing / "robustness.json").unlink()
+    capsys.readouterr()
+    run_study(*flags, 1)
+    training = select(commands, "train.py")
+    assert [folder(command, tmp_path) for command in training] == [f"seed0/{name}" for name in names[1:3]]
+    assert all(command.arguments[-1] == "--resume" for command in training)
+    assert len(select(commands, "test.py")) == 2
+    printed = capsys.readouterr().out
+    assert printed.count(": finished") == 2 and printed.count(": to do") == 2
+    assert len([part for part in commands[-1].arguments if "/seed0/" in part]) == 4, "the report is about all runs"
+
+
+def test_a_test_without_perturbations_is_finished_with_its_scores(commands, run_study):
+    run_study("--only", WITHOUT_CLIP.name, "--no-perturb")
+    commands.clear()
+    run_study("--only", WITHOUT_CLIP.name, "--no-perturb")
+    assert not select(commands, "train.py") and not select(commands, "test.py")
+    run_study("--only", WITHOUT_CLIP.name)
+    assert "--perturb" in select(commands, "test.py")[0].arguments
+
+
+def test_other_settings_are_refused_and_named(commands, run_study):
+    run_study("--only", WITHOUT_CLIP.name)
+    commands.clear()
+    with pytest.raises(InputError, match=r"has other settings:\n  --epochs was 50, is 3\n  --lr was .*, is 0.5\nUse"):
+        run_study("--only", WITHOUT_CLIP.name, "--", "--epochs", 3, "--lr", 0.5, "--workers", 3)
+    assert commands == []
+
+
+def test_clip_weights_are_checked_before_any_training(commands, run_study, tmp_path, clip_folder):
+    names = ["--only", WITHOUT_CLIP.name, ON_CLIP.name]
     with pytest.raises(InputError, match=r"no CLIP weights for --clip-model .*nowhere"):
-        start(monkeypatch, tmp_path, "--models", "unet", "clip", "--clip-model", tmp_path / "nowhere")
-    assert not any("train.py" in command[0] for command in commands), "before hours of other work"
-    # What failed left no settings.
-    start(monkeypatch, tmp_path, "--models", "unet", "clip", "--clip-model", clip_folder)
-    with pytest.raises(InputError, match=r"holds a study with other settings(.|\n)*--epochs was 50, is 3"):
-        start(monkeypatch, tmp_path, "--models", "unet", "--clip-model", clip_folder, "--epochs", 3)
+        run_study(*names, "--", "--clip-model", tmp_path / "nowhere")
+    assert not select(commands, "train.py")
+    clip = shutil.copytree(clip_folder, tmp_path / "clip")
+    run_study(*names, "--", "--clip-model", clip)
+    shutil.rmtree(clip)
+    run_study(*names, "--", "--clip-model", clip)
+    assert len(select(commands, "train.py")) == 2, "the second time nothing is left to train"
 
 
-def test_two_do_not_work_on_one_study(monkeypatch, commands, tmp_path):
-    """Not even when the first was killed and a script of it lives on: it has the lock."""
-    first = study.open_study(study.Config(out=tmp_path))
-    monkeypatch.setattr(study, "LOCK_SECONDS", 0)
-    with pytest.raises(InputError, match="this study is being made by another process"):
-        start(monkeypatch, tmp_path, "--models", "unet")
-    assert os.get_inheritable(first.fileno())
-    first.close()
-    start(monkeypatch, tmp_path, "--models", "unet")
+class Process:
+    """A script that ends with `code`, or whose first `wait` is interrupted by `error`."""
+
+    def __init__(self, code: int = 0, error: BaseException | None = None):
+        self.code, self.error = code, error
+        self.events: list[str] = []
+
+    def wait(self) -> int:
+        self.events.append("wait")
+        if self.error and self.events.count("wait") == 1:
+            raise self.error
+        return self.code
+
+    def terminate(self) -> None:
+        self.events.append("terminate")
 
 
-def test_a_failing_run_ends_the_study(tmp_path):
-    result = run("study/run.py", "--data", tmp_path / "none", "--out", tmp_path / "out", "--models", "unet")
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert "dataset/dataset_prep.py failed: mend what it says above" in result.stderr
+@pytest.fixture
+def execute(monkeypatch):
+    def start(process: Process) -> None:
+        monkeypatch.setattr(subprocess, "Popen", lambda line: process)
+        study.execute(["unet/train.py", "--epochs", 3])
+
+    return start
 
 
-def test_killed_twice_it_ends_the_same(tmp_path):
-    """Once in training and once in testing, all of its processes at once; then as if it had never been."""
-    data, killed = tmp_path / "data", tmp_path / "killed"
-    flags = ["--data", data, "--epochs", 3, "--patience", 0, *TINY]
-    flags_of_study = ["--synthetic", 24, "--models", "unet", "--out", killed, "--no-perturb", *flags]
-    command = [sys.executable, ROOT / "study/run.py", *flags_of_study]
-    for sign in ("best.pt", "test"):
-        with subprocess.Popen(
-            list(map(str, command)), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        ) as process:  # fmt: skip
-            while not (killed / "seed0/unet" / sign).exists():
-                assert process.poll() is None, "it ended before it could be killed"
-                time.sleep(0.01)
-            os.killpg(process.pid, signal.SIGKILL)
-    result = run("study/run.py", *flags_of_study)
-    assert result.returncode == 0, result.stderr
-    assert "study of 1 runs, 1 not finished" in result.stdout and "seed0/unet: begun" in result.stdout
-    assert (killed / "report/report.md").exists() and (killed / "exploration/summary.json").exists()
-    assert json.loads((killed / "seed0/unet/test/metrics.json").read_text())["images"] == 12
+def test_sigterm_reaches_the_running_script(execute):
+    process = Process(code=143, error=Terminated())
+    with pytest.raises(Terminated):
+        execute(process)
+    assert process.events == ["wait", "terminate", "wait"]
 
-    whole = run("unet/train.py", "--out", tmp_path / "whole", "--seed", 0, *flags)
-    assert whole.returncode == 0, whole.stderr
-    one, two = (load_checkpoint(out / "best.pt", "unet") for out in (killed / "seed0/unet", tmp_path / "whole"))
-    assert one["epoch"] == two["epoch"]
-    assert all(torch.equal(one["model"][key], two["model"][key]) for key in two["model"])
+
+def test_ctrl_c_waits_for_the_script_which_gets_it_too(execute):
+    process = Process(code=130, error=KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt) as error:
+        execute(process)
+    assert process.events == ["wait", "wait"] and not isinstance(error.value, Terminated)
+
+
+@pytest.mark.parametrize("code", [130, 143])
+def test_an_interrupted_script_interrupts_the_study(execute, code):
+    with pytest.raises(KeyboardInterrupt):
+        execute(Process(code))
+
+
+def test_a_failing_script_ends_the_study(execute):
+    execute(Process(0))
+    with pytest.raises(InputError, match=r"unet/train\.py failed: fix the error above, and start the study again"):
+        execute(Process(1))
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_lists_are_consistent(name):
+    """Names are unique; an experiment depends on earlier ones of its list; its flags exist."""
+    seen: dict[str, Experiment] = {}
+    for experiment in LISTS[name]:
+        assert experiment.name not in seen and experiment.model in MODEL_TABLE
+        known: dict[str, Any] = {flag_name(field.name): field for field in fields(config_of(experiment.model))}
+        flags = {part for part in (*experiment.flags, *experiment.refuses) if part.startswith("--")}
+        assert flags <= set(known), f"{experiment.name}: {', '.join(flags - set(known))} are not flags of its train.py"
+        if experiment.starts_from:
+            assert experiment.starts_from[0] in known and experiment.starts_from[1] in seen
+        if experiment.baseline:
+            assert experiment.baseline in seen
+        seen[experiment.name] = experiment

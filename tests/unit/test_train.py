@@ -1,65 +1,37 @@
-"""utils/train.py: early stopping, log, fit, resume."""
+"""utils/train.py: early stopping, the log, micro-batches, and `fit`."""
 
 from __future__ import annotations
 
+import copy
 import csv
 import itertools
-import json
 import math
-import os
-import random
-import shutil
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from dataset.pet import make_train_loaders
-from tests.conftest import ROOT, TINY, run
+from dataset.pet import PetDataset, find_records, make_train_sets
+from tests.helpers import (
+    CPU,
+    UNET_ARGS,
+    assert_same_weights,
+    every_pixel_step,
+    segmentation_step,
+    train,
+    train_config,
+    without_batch_norm,
+)
 from unet.model import UNet
-from utils.config import TrainConfig
-from utils.dataset import CLASSES
+from utils import train as train_module
 from utils.files import InputError
-from utils.helper import describe_environment, load_checkpoint
-from utils.loss import SegmentationLoss, cross_entropy
-from utils.metric import validate
-from utils.train import EarlyStopping, StepOutput, TrainingLog, fit, make_accelerator
-
-MODEL_ARGS = {"num_classes": 3, "base_channels": 2}
+from utils.helper import load_checkpoint
+from utils.loader import EpochBatchSampler, make_loader, prepare_batch
+from utils.run import start_run
+from utils.train import EarlyStopping, TrainingLog, find_micro_batch_size
 
 
-def segmentation_step(model, batch):
-    logits = model(batch["image"])
-    return StepOutput(cross_entropy(logits, batch["mask"]), logits, batch["mask"])
-
-
-def train(data: Path, out: Path, *, step=segmentation_step, model: nn.Module | None = None, **settings) -> dict:
-    """Train a tiny U-Net in this process; returns last.pt."""
-    defaults = {"image_size": 32, "batch_size": 4, "workers": 0, "device": "cpu", "val_fraction": 0.25, "lr": 1e-3}
-    config = TrainConfig(data=data, out=out, **{**defaults, **settings})
-    accelerator = make_accelerator(config)
-    train_loader, val_loader, split = make_train_loaders(config)
-    fit(
-        model or UNet(**MODEL_ARGS), step, train_loader, val_loader, config,
-        accelerator=accelerator, model_name="unet", model_args=MODEL_ARGS, split=split,
-    )  # fmt: skip
-    return load_checkpoint(out / "last.pt", "unet")
-
-
-def assert_same_weights(first: dict, second: dict) -> None:
-    assert first["model"].keys() == second["model"].keys()
-    for key, value in first["model"].items():
-        assert torch.equal(value, second["model"][key]), key
-
-
-def test_early_stopping():
+def test_early_stopping_counts_epochs_without_improvement():
     stopping = EarlyStopping(patience=2, min_delta=0.1)
     for loss, stop in [(1.0, False), (0.95, False), (0.85, False), (0.84, False), (0.80, True)]:
         stopping.update(loss)
@@ -70,145 +42,89 @@ def test_early_stopping():
     assert not never.should_stop
 
 
-def test_early_stopping_takes_a_difference_of_exactly_min_delta():
+def test_difference_of_exactly_min_delta_is_an_improvement():
     stopping = EarlyStopping(patience=1, min_delta=0.5)
     stopping.update(1.0)
     stopping.update(0.5)
     assert stopping.best == 0.5 and not stopping.should_stop
 
 
-def test_log_goes_on_where_it_was(tmp_path):
+def test_log_continues_after_the_rows_of_the_checkpoint(tmp_path):
     first = TrainingLog(tmp_path)
     first.add({"epoch": 1, "val_loss": 0.5})
     first.add({"epoch": 2, "val_loss": 0.4})
-    again = TrainingLog(tmp_path, first.rows[:1])  # epoch 2 was logged, but its checkpoint was not written
-    again.add({"epoch": 2, "val_loss": 0.3})
+    resumed = TrainingLog(tmp_path, first.rows[:1])  # epoch 2 was logged, but its checkpoint was not written
+    resumed.add({"epoch": 2, "val_loss": 0.3})
     rows = list(csv.DictReader((tmp_path / "log.csv").open()))
     assert rows == [{"epoch": "1", "val_loss": "0.5"}, {"epoch": "2", "val_loss": "0.3"}]
 
 
-def test_a_run_is_a_folder(trained):
-    assert {path.name for path in trained.iterdir() if "tfevents" not in path.name} == {
-        "config.json", "split.json", "log.csv", "curves.png", "last.pt", "best.pt"
-    }  # fmt: skip
-    assert any("tfevents" in path.name for path in trained.iterdir())
-    rows = list(csv.DictReader((trained / "log.csv").open()))
-    assert [row["epoch"] for row in rows] == ["1", "2"]
-    assert all(math.isfinite(float(row[name])) for row in rows for name in ("train_loss", "val_loss", "val_iou_mean"))
-    best = torch.load(trained / "best.pt", weights_only=True)
-    lowest = min(rows, key=lambda row: float(row["val_loss"]))
-    assert best["epoch"] == int(lowest["epoch"]) and best["scores"]["val_loss"] == float(lowest["val_loss"])
-    config = json.loads((trained / "config.json").read_text())
-    assert config["base_channels"] == 2 and config["model_args"] == {"num_classes": 3, "base_channels": 2}
-    assert config["environment"]["torch"] == torch.__version__
+def losses_of(last: dict) -> list[dict]:
+    """The log of a run without what depends on the machine's speed."""
+    return [{key: row[key] for key in row if key not in ("seconds", "images_per_second")} for row in last["log"]]
 
 
-def test_resumed_is_uninterrupted_bit_for_bit(prepared, tmp_path):
-    whole = train(prepared, tmp_path / "whole", epochs=4, patience=0)
-    train(prepared, tmp_path / "parts", epochs=2, patience=0)
-    torch.manual_seed(99)
-    parts = train(prepared, tmp_path / "parts", epochs=4, patience=0, resume=True)
-    assert_same_weights(whole, parts)
-    assert parts["stopping"] == whole["stopping"] and parts["best_loss"] == whole["best_loss"]
-    losses = [[(row["epoch"], row["train_loss"], row["val_loss"]) for row in run["log"]] for run in (whole, parts)]
-    assert losses[0] == losses[1]
-    for moment in ("exp_avg", "exp_avg_sq"):
-        for state, same in zip(whole["optimizer"]["state"].values(), parts["optimizer"]["state"].values()):
-            assert torch.equal(state[moment], same[moment])
+def assert_same_run(first: dict, second: dict) -> None:
+    assert_same_weights(first, second)
+    assert losses_of(first) == losses_of(second)
+    for key in ("stopping", "best_loss", "epoch"):
+        assert first[key] == second[key], key
+    states = (last["optimizer"]["state"].values() for last in (first, second))
+    for one, two in zip(*states, strict=True):
+        assert all(torch.equal(one[moment], two[moment]) for moment in ("step", "exp_avg", "exp_avg_sq"))
+    assert torch.equal(first["random_state"]["cpu"], second["random_state"]["cpu"])
 
 
-def test_the_random_stream_goes_on_too(prepared, tmp_path):
-    class Dropout(nn.Sequential):
-        def __init__(self):
-            super().__init__(UNet(**MODEL_ARGS), nn.Dropout2d(0.3))
+def interrupted_at(call: int):
+    """A step that Ctrl-C interrupts at its n-th call, from 1."""
+    calls = itertools.count(1)
 
-    torch.manual_seed(1)
-    whole = train(prepared, tmp_path / "whole", model=Dropout(), epochs=3, patience=0)
-    torch.manual_seed(1)
-    train(prepared, tmp_path / "parts", model=Dropout(), epochs=1, patience=0)
-    assert_same_weights(
-        whole, train(prepared, tmp_path / "parts", model=Dropout(), epochs=3, patience=0, resume=True, workers=2)
-    )
-
-
-def test_workers_do_not_change_the_run(prepared, tmp_path):
-    runs = [train(prepared, tmp_path / str(workers), workers=workers, epochs=2, patience=0) for workers in (0, 1, 2)]
-    assert_same_weights(runs[0], runs[1])
-    assert_same_weights(runs[0], runs[2])
-
-
-def test_ten_kills_do_not_change_the_run(prepared, tmp_path):
-    """SIGKILL at random moments: what is on disk always loads, and the resumed run ends with the same weights."""
-    arguments = ["--data", prepared, "--epochs", 40, "--patience", 0, *TINY]
-    began = time.perf_counter()
-    assert run("unet/train.py", "--out", tmp_path / "whole", *arguments).returncode == 0
-    seconds = time.perf_counter() - began
-
-    out, chance, epochs = tmp_path / "killed", random.Random(0), []
-    for attempt in range(10):
-        command = [sys.executable, ROOT / "unet/train.py", "--out", out, *arguments]
-        command += ["--resume"] if (out / "config.json").exists() else []
-        before = saved_at(out)
-        process = subprocess.Popen(
-            list(map(str, command)),
-            start_new_session=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        if attempt % 2:  # somewhere in the epochs
-            while process.poll() is None and saved_at(out) == before:
-                time.sleep(0.01)
-            time.sleep(chance.uniform(0, 0.3))
-        else:  # anywhere, while it imports and sets up, too
-            time.sleep(chance.uniform(0, seconds))
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        for file in ("last.pt", "best.pt"):
-            if (out / file).exists():
-                epochs.append(load_checkpoint(out / file, "unet")["epoch"])
-    assert max(epochs) > 0
-
-    final = run("unet/train.py", "--out", out, "--resume")
-    assert final.returncode == 0, final.stderr
-    for file in ("last.pt", "best.pt"):
-        whole, killed = (load_checkpoint(folder / file, "unet") for folder in (tmp_path / "whole", out))
-        assert whole["epoch"] == killed["epoch"]
-        assert_same_weights(whole, killed)
-    assert [row["epoch"] for row in csv.DictReader((out / "log.csv").open())] == [str(epoch) for epoch in range(1, 41)]
-    assert not list(out.glob(".*.tmp")), "what the kills left behind is swept up"
-
-
-def saved_at(out: Path) -> int:
-    return (out / "last.pt").stat().st_mtime_ns if (out / "last.pt").exists() else 0
-
-
-def test_ctrl_c_leaves_a_run_that_resumes(prepared, tmp_path):
-    steps = []
-
-    def interrupted(model, batch):
-        steps.append(1)
-        if len(steps) == 2:
+    def step(model, batch):
+        if next(calls) == call:
             raise KeyboardInterrupt
         return segmentation_step(model, batch)
 
+    return step
+
+
+def unet_with_dropout() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(UNet(**UNET_ARGS), nn.Dropout2d(0.3))
+
+
+def test_resumed_run_equals_the_uninterrupted_one(prepared, tmp_path):
+    """Bit for bit, with dropout and a learning rate that falls, after Ctrl-C in the first and in the third epoch."""
+    steps = 4  # of an epoch: three to train and one to validate
+
+    def train_part(folder: str, **settings) -> dict:
+        defaults = {"epochs": 4, "patience": 0, "lr": 1e-2, "schedule": "cosine"}
+        return train(prepared, tmp_path / folder, model=unet_with_dropout(), **{**defaults, **settings})
+
+    whole = train_part("whole")
+    assert [row["lr"] for row in whole["log"]] == pytest.approx([1e-2, 0.853553e-2, 0.5e-2, 0.146447e-2], rel=1e-5)
     with pytest.raises(KeyboardInterrupt):
-        train(prepared, tmp_path / "run", step=interrupted, epochs=2)
-    assert load_checkpoint(tmp_path / "run/last.pt", "unet")["epoch"] == 0
-    assert_same_weights(
-        train(prepared, tmp_path / "run", epochs=2, resume=True), train(prepared, tmp_path / "whole", epochs=2)
-    )
+        train_part("parts", step=interrupted_at(2))
+    assert load_checkpoint(tmp_path / "parts/last.pt", "unet")["epoch"] == 0
+    with pytest.raises(KeyboardInterrupt):
+        train_part("parts", step=interrupted_at(2 * steps + 2), resume=True)
+    assert load_checkpoint(tmp_path / "parts/last.pt", "unet")["epoch"] == 2
+    assert_same_run(train_part("parts", resume=True, workers=2), whole)
+
+
+def test_longer_run_equals_the_one_with_more_epochs(prepared, tmp_path):
+    whole = train(prepared, tmp_path / "whole", epochs=4, patience=0)
+    train(prepared, tmp_path / "parts", epochs=2, patience=0)
+    torch.manual_seed(99)
+    assert_same_run(train(prepared, tmp_path / "parts", epochs=4, patience=0, resume=True), whole)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(prepared, tmp_path, bad):
-    steps = []
+def test_loss_that_is_not_finite_ends_the_run(prepared, tmp_path, bad):
+    calls = itertools.count(1)
 
     def diverging(model, batch):
-        steps.append(1)
         output = segmentation_step(model, batch)
-        return output._replace(loss=output.loss * bad) if len(steps) > 6 else output
+        return output._replace(loss=output.loss * bad) if next(calls) > 6 else output
 
     with pytest.raises(InputError, match=r"loss .* is (nan|inf).*last\.pt holds the last good epoch.*lower --lr"):
         train(prepared, tmp_path, step=diverging, epochs=5, val_fraction=0.1)
@@ -216,182 +132,133 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(prepa
     assert last["epoch"] == 1 and all(torch.isfinite(value).all() for value in last["model"].values())
 
 
-def test_early_stopping_ends_the_run_and_resume_keeps_it_ended(prepared, tmp_path):
+def test_early_stopping_ends_the_run_also_when_resumed(prepared, tmp_path):
     last = train(prepared, tmp_path, epochs=9, patience=2, min_delta=100)
-    assert last["epoch"] == 3, "the first epoch is the best, two more are no better"
+    assert last["epoch"] == 3, "the first epoch is the best, two more are not better"
     assert train(prepared, tmp_path, epochs=9, patience=2, min_delta=100, resume=True)["epoch"] == 3
 
 
-def test_validation_loss_is_over_the_whole_set(prepared):
-    """A last batch that is smaller must not weigh as much as the others."""
-    model, criterion = UNet(**MODEL_ARGS), SegmentationLoss("cross-entropy", "background")
-
-    def step(model, batch):
-        return StepOutput(criterion(model(batch["image"]), batch["mask"]))
-
-    losses = []
-    for batch_size in (1, 4, 6):  # 6 validation images
-        config = TrainConfig(data=prepared, image_size=32, batch_size=batch_size, workers=0, val_fraction=0.5)
-        _, loader, _ = make_train_loaders(config)
-        losses.append(validate(model, step, loader, torch.device("cpu"), CLASSES)[0])
-    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
-
-
-def test_frozen_parameters_are_not_in_the_optimizer(prepared, tmp_path):
-    model = UNet(**MODEL_ARGS)
-    for parameter in model.encoder.parameters():
-        parameter.requires_grad_(False)
+def test_frozen_parameters_stay_out_of_the_optimizer(prepared, tmp_path):
+    model = UNet(**UNET_ARGS)
+    model.encoder.requires_grad_(False)
     last = train(prepared, tmp_path, model=model, epochs=1)
     trainable = sum(parameter.requires_grad for parameter in model.parameters())
     assert len(last["optimizer"]["param_groups"][0]["params"]) == trainable
 
 
-def test_out_that_holds_another_run_is_refused(prepared, trained):
-    before = (trained / "last.pt").read_bytes()
-    result = run("unet/train.py", "--data", prepared, "--out", trained, *TINY)
-    assert result.returncode == 1 and "holds another run" in result.stderr and "Traceback" not in result.stderr
-    assert (trained / "last.pt").read_bytes() == before
+def test_losses_are_independent_of_the_micro_batch_size(prepared, tmp_path):
+    """Batches of 10 images, and a last one of 2."""
 
-
-def test_resume_from_a_copy_of_best(prepared, tmp_path):
-    train(prepared, tmp_path, epochs=1)
-    (tmp_path / "best.pt").replace(tmp_path / "last.pt")
-    with pytest.raises(InputError, match=r"cannot be resumed from: it has no optimizer"):
-        train(prepared, tmp_path, epochs=2, resume=True)
-
-
-def test_out_that_cannot_be_a_folder(prepared, tmp_path):
-    (tmp_path / "file").touch()
-    result = run("unet/train.py", "--data", prepared, "--out", tmp_path / "file", *TINY)
-    assert result.returncode == 1 and str(tmp_path / "file") in result.stderr and "Traceback" not in result.stderr
-
-
-WITHOUT_BATCH_NORM = """
-import sys
-from pathlib import Path
-
-sys.path.insert(0, sys.argv[1])
-from torch import nn
-
-from dataset.pet import make_train_loaders
-from utils.config import TrainConfig, parse
-from utils.loss import SegmentationLoss
-from utils.distributed import leave
-from utils.train import StepOutput, fit, make_accelerator
-
-config = parse(TrainConfig, "", sys.argv[2:])
-accelerator = make_accelerator(config)
-train_loader, val_loader, split = make_train_loaders(config)
-model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 3, 1))
-criterion = SegmentationLoss(config.loss, config.boundary)  # every pixel counts, so that the mean of means is the mean
-
-
-def step(model, batch):
-    logits = model(batch["image"])
-    return StepOutput(criterion(logits, batch["mask"]), logits, batch["mask"])
-
-
-fit(model, step, train_loader, val_loader, config,
-    accelerator=accelerator, model_name="unet", model_args={}, split=split)
-leave()
-"""
-
-
-@pytest.fixture(scope="module")
-def train_without_batch_norm(prepared, tmp_path_factory) -> Callable[..., Path]:
-    """Trains a network without batch norm on 12 images, alone or in several processes; returns the run folder."""
-    folder = tmp_path_factory.mktemp("without-batch-norm")
-    (folder / "train.py").write_text(WITHOUT_BATCH_NORM)
-
-    def start(name: str, batch_size: int, *flags: object, processes: int = 1) -> Path:
-        launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", processes) if processes > 1 else ()
-        result = run(
-            *launcher, folder / "train.py", ROOT,
-            "--data", prepared, "--out", folder / name, "--batch-size", batch_size, "--epochs", 2, "--lr", 1e-2,
-            "--val-fraction", 0.25, "--image-size", 32, "--workers", 0, "--device", "cpu", *flags, module=processes > 1,
+    def losses(micro: int | None) -> list[float]:
+        last = train(
+            prepared, tmp_path / str(micro), step=every_pixel_step, model=without_batch_norm(),
+            batch_size=10, micro_batch_size=micro, lr=1e-2, epochs=2,
         )  # fmt: skip
-        assert result.returncode == 0, result.stderr
-        return folder / name
+        return [row[name] for row in last["log"] for name in ("train_loss", "val_loss")]
 
-    return start
-
-
-def test_however_a_batch_is_cut_the_losses_are_those_of_the_whole(train_without_batch_norm):
-    def losses(out: Path) -> list[list[float]]:
-        rows = csv.DictReader((out / "log.csv").open())
-        return [[float(row["train_loss"]), float(row["val_loss"])] for row in rows]
-
-    def resumed(name: str, batch_size: int, before: int, now: int) -> Path:
-        train_without_batch_norm(name, batch_size, "--epochs", 1, processes=before)
-        return train_without_batch_norm(name, batch_size, "--resume", processes=now)
-
-    whole = losses(train_without_batch_norm("whole", 10))
-    assert whole[1][0] < whole[0][0]
-    for out in (
-        train_without_batch_norm("two-processes", 5, processes=2),
-        train_without_batch_norm("accumulated", 5, "--accumulate", 2),
-        resumed("two-then-one", 5, before=2, now=1),
-        resumed("one-then-two", 10, before=1, now=2),
-    ):
-        assert np.abs(np.subtract(losses(out), whole)).max() < 1e-5, (out, losses(out), whole)
+    whole = losses(None)
+    assert whole[2] < whole[0], "it learns"
+    for micro in (5, 4, 1):
+        assert losses(micro) == pytest.approx(whole, abs=1e-5), micro
 
 
-def test_a_cosine_schedule_also_when_resumed(prepared, tmp_path):
-    settings = {"schedule": "cosine", "patience": 0, "lr": 1e-2}
-    straight = train(prepared, tmp_path / "straight", epochs=4, **settings)
-    assert [row["lr"] for row in straight["log"]] == pytest.approx([1e-2, 0.853553e-2, 0.5e-2, 0.146447e-2], rel=1e-5)
-    stopped, calls = tmp_path / "stopped", itertools.count(1)
+@pytest.mark.parametrize("micro", [None, 4, 1])
+def test_gradient_of_a_step_is_that_of_its_batch(prepared, tmp_path, monkeypatch, micro):
+    def record(optimizer: torch.optim.Adam, closure: None = None) -> None:
+        gradients.append([parameter.grad.clone() for parameter in optimizer.param_groups[0]["params"]])
 
-    def stop_in_third_epoch(model, batch):
-        if next(calls) > 8:  # an epoch is three batches and one to validate
-            raise KeyboardInterrupt
-        return segmentation_step(model, batch)
+    gradients: list[list[torch.Tensor]] = []
+    monkeypatch.setattr(torch.optim.Adam, "step", record)  # the weights stay as they are
+    settings = {"batch_size": 10, "micro_batch_size": micro, "epochs": 1}
+    train(prepared, tmp_path, step=every_pixel_step, model=without_batch_norm(), **settings)
 
-    with pytest.raises(KeyboardInterrupt):
-        train(prepared, stopped, epochs=4, step=stop_in_third_epoch, **settings)
-    assert load_checkpoint(stopped / "last.pt", "unet")["epoch"] == 2
-    assert_same_weights(straight, train(prepared, stopped, epochs=4, resume=True, **settings))
-
-
-@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler here")
-def test_compiled_it_is_the_same_run(prepared, tmp_path):
-    def run_with(**settings) -> dict:
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 1))
-        # All images in a batch: another size would be compiled again.
-        return train(prepared, tmp_path / str(settings), model=model, epochs=2, batch_size=12, **settings)
-
-    plain, fast = run_with(), run_with(compile=True)
-    assert fast["model"].keys() == plain["model"].keys(), "the names are those of the model itself"
-    for one, two in zip(plain["log"], fast["log"], strict=True):
-        for loss in ("train_loss", "val_loss"):
-            assert two[loss] == pytest.approx(one[loss], rel=1e-4)
+    model = without_batch_norm()
+    train_set, _ = make_train_sets(train_config(prepared, tmp_path))
+    sampler = EpochBatchSampler(len(train_set), 10, shuffle=True)
+    sampler.set_epoch(1)
+    batches = [prepare_batch(batch, CPU) for batch in make_loader(train_set, sampler, workers=0)]
+    assert [len(batch["image"]) for batch in batches] == [10, 2] and len(gradients) == 2
+    for batch, found in zip(batches, gradients):
+        expected = torch.autograd.grad(every_pixel_step(model, batch).loss, list(model.parameters()))
+        for one, two in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-4)
 
 
-def test_compile_without_a_compiler(prepared, tmp_path, monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    result = run("unet/train.py", "--data", prepared, "--out", tmp_path / "out", "--compile", *TINY)
-    assert result.returncode == 1 and "install g++" in result.stderr and "Traceback" not in result.stderr
-    assert not (tmp_path / "out/config.json").exists()
+def test_batch_that_cannot_be_shared_is_refused(prepared, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match=r"12 training images .* fewer than a batch of 13: use --batch-size 12"):
+        train(prepared, tmp_path, batch_size=13)
+    monkeypatch.setattr(train_module, "world_size", lambda: 5)
+    with pytest.raises(InputError, match="--batch-size 4 cannot be shared by 5 processes: start fewer"):
+        train(prepared, tmp_path, batch_size=4)
 
 
-def test_a_machine_without_git(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert describe_environment(torch.device("cpu"))["commit"] is None
+def step_with_memory_for(room: int):
+    """A step that runs out of memory with more than `room` images, and that draws random numbers."""
+
+    def step(model, batch):
+        if len(batch["image"]) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        output = segmentation_step(model, batch)
+        return output._replace(loss=output.loss * torch.rand(()))
+
+    return step
 
 
-def test_resume_with_other_data_is_refused(originals, prepared, tmp_path):
-    from dataset.dataset_prep import prepare
-    from dataset.synthetic import draw_dataset
-
-    train(prepared, tmp_path / "run", epochs=1)
-    draw_dataset(tmp_path / "other", 30, seed=1)
-    prepare(tmp_path / "other")
-    with pytest.raises(InputError, match="are not those that"):
-        train(tmp_path / "other", tmp_path / "run", epochs=2, resume=True)
+def find_on_gpu(model, step, train_set, run) -> int:
+    """`find_micro_batch_size` with the device "meta", which computes nothing, in the place of a GPU."""
+    run = copy.copy(run)
+    run.device = torch.device("meta")
+    return find_micro_batch_size(model, step, train_set, run)
 
 
-def test_fp16_on_the_cpu_is_refused():
-    with pytest.raises(InputError, match="fp16 needs a GPU"):
-        make_accelerator(TrainConfig(device="cpu", precision="fp16"))
+@pytest.fixture
+def find(prepared, tmp_path, monkeypatch):
+    """Finds the micro-batch size for a batch of 8 and a step."""
+    monkeypatch.setattr(train_module, "clear_device_cache", lambda **_: None)
+
+    def find(step) -> int:
+        run = start_run(train_config(prepared, tmp_path, batch_size=8), "unet")
+        return find_on_gpu(UNet(**UNET_ARGS), step, PetDataset(find_records(prepared, "TrainVal"), 32), run)
+
+    return find
+
+
+@pytest.mark.parametrize(("room", "found"), [(100, 8), (8, 4), (5, 4), (4, 2), (2, 1)])
+def test_auto_halves_the_micro_batch_until_it_fits(find, room, found):
+    """With a margin of one image."""
+    assert find(step_with_memory_for(room)) == found
+
+
+def test_auto_without_memory_for_one_image_is_refused(find):
+    with pytest.raises(InputError, match="not even one image fits in memory"):
+        find(step_with_memory_for(0))
+
+
+def test_auto_does_not_hide_other_errors(find):
+    def broken(model, batch):
+        raise RuntimeError("size mismatch")
+
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        find(broken)
+
+
+def test_auto_takes_the_smallest_of_all_ranks(find, monkeypatch):
+    monkeypatch.setattr(train_module, "world_size", lambda: 2)
+    monkeypatch.setattr(train_module, "all_gather_objects", lambda own: [*own, 3])
+    assert find(step_with_memory_for(100)) == 3
+    monkeypatch.setattr(train_module, "all_gather_objects", lambda own: [*own, 7])
+    assert find(step_with_memory_for(100)) == 4, "the share of 8 images"
+
+
+def test_auto_on_a_cpu_is_refused(prepared, tmp_path):
+    with pytest.raises(InputError, match="--micro-batch-size auto needs a GPU: on a CPU give a number"):
+        train(prepared, tmp_path, micro_batch_size="auto")
+
+
+def test_auto_is_the_run_with_the_number_that_it_finds(prepared, tmp_path, monkeypatch):
+    """Trying sizes changes neither the random stream nor the weights."""
+    monkeypatch.setattr(train_module, "find_micro_batch_size", find_on_gpu)
+    settings = {"step": step_with_memory_for(5), "epochs": 2, "patience": 0, "batch_size": 8}
+    given = train(prepared, tmp_path / "given", micro_batch_size=4, **settings)
+    auto = train(prepared, tmp_path / "auto", micro_batch_size="auto", **settings)
+    assert_same_run(auto, given)

@@ -1,51 +1,65 @@
-"""unet/train.py and unet/test.py as scripts, as a newcomer starts them."""
+"""unet/train.py and unet/test.py in this process: from the flags to the results, and what they refuse."""
 
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
-from tests.conftest import ROOT, TINY, run
+from tests.helpers import TINY, save_model
+from unet import test as unet_test
+from unet import train as unet_train
+from unet.model import UNet
+from utils.files import InputError
+from utils.helper import load_checkpoint
 
 
-@pytest.mark.parametrize("way", ["root", "elsewhere", "module"])
-def test_scripts_start_from_anywhere(prepared, tmp_path, way):
-    cwd = tmp_path if way == "elsewhere" else ROOT
-    names = ["unet.train", "unet.test"] if way == "module" else ["unet/train.py", "unet/test.py"]
-    out = tmp_path / "run"
-    result = run(
-        names[0], "--data", prepared, "--out", out, "--epochs", 1, *TINY, cwd=cwd, module=way == "module"
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    result = run(names[1], "--data", prepared, "--checkpoint", out / "best.pt", cwd=cwd, module=way == "module")
-    assert result.returncode == 0, result.stderr
-    assert json.loads((out / "test/metrics.json").read_text())["model"] == "unet"
+@pytest.fixture
+def run_main(monkeypatch):
+    """Calls a script's main with flags."""
+
+    def call(script, *flags: object) -> None:
+        monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, flags)])
+        script.main()
+
+    return call
+
+
+def test_flags_reach_the_run_and_the_scores(run_main, prepared, tmp_path):
+    flags = ["--data", prepared, "--out", tmp_path / "run", "--epochs", 1, *TINY, "--loss", "cross-entropy+0.5*dice"]
+    run_main(unet_train, *flags)
+    checkpoint = load_checkpoint(tmp_path / "run/best.pt", "unet")
+    assert checkpoint["model_args"] == {"num_classes": 3, "base_channels": 2}
+    assert checkpoint["config"]["loss"] == "cross-entropy+0.5*dice" and checkpoint["config"]["batch_size"] == 4
+    run_main(unet_test, "--data", prepared, "--checkpoint", tmp_path / "run/best.pt", "--workers", 0, "--device", "cpu")
+    metrics = json.loads((tmp_path / "run/test/metrics.json").read_text())
+    assert metrics["model"] == "unet" and metrics["images"] == len(list((prepared / "Test/color").rglob("*.jpg")))
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("flags", "message"),
     [
         (["--data", "{tmp}"], "is not prepared. Run: python dataset/dataset_prep.py"),
         (["--data", "{data}", "--batch-size", "500"], "fewer than a batch of 500: use --batch-size 14"),
         (["--data", "{data}", "--resume"], "holds no run"),
         (["--data", "{data}", "--precision", "fp16"], "fp16 needs a GPU"),
+        (["--data", "{data}", "--micro-batch-size", "auto"], "--micro-batch-size auto needs a GPU"),
     ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_training_errors_are_one_line_and_leave_nothing(prepared, tmp_path, arguments, message):
-    arguments = [argument.format(tmp=tmp_path, data=prepared) for argument in arguments]
-    result = run("unet/train.py", "--out", tmp_path / "out", "--device", "cpu", "--image-size", 32, *arguments)
-    assert result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr
-    assert not (tmp_path / "out").exists(), "a run that could not start does not stand in the way of the next"
+def test_training_that_cannot_start_leaves_no_folder(run_main, prepared, tmp_path, flags, message):
+    """A folder would be in the way of the next try."""
+    flags = [flag.format(tmp=tmp_path, data=prepared) for flag in flags]
+    with pytest.raises(InputError) as error:
+        run_main(unet_train, "--out", tmp_path / "out", *TINY, *flags)
+    assert message in str(error.value)
+    assert not (tmp_path / "out").exists()
 
 
-def test_resume_with_another_setting(trained, prepared):
-    result = run("unet/train.py", "--data", prepared, "--out", trained, "--resume", "--lr", 0.5)
-    assert result.returncode == 1 and "--lr is 0.0001 in the run, got 0.5" in result.stderr
-
-
-def test_test_errors(trained, prepared, tmp_path):
-    (tmp_path / "cut.pt").write_bytes((trained / "best.pt").read_bytes()[:5000])
-    for checkpoint, message in [(tmp_path / "none.pt", "no such checkpoint"), (tmp_path / "cut.pt", "truncated")]:
-        result = run("unet/test.py", "--data", prepared, "--checkpoint", checkpoint)
-        assert result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr
+def test_missing_and_truncated_checkpoints_are_named(run_main, prepared, tmp_path):
+    path = save_model(tmp_path / "cut.pt", UNet(base_channels=2), "unet", {"base_channels": 2})
+    path.write_bytes(path.read_bytes()[:5000])
+    for name, message in [("none.pt", "none.pt: no such checkpoint"), ("cut.pt", "cut.pt is truncated")]:
+        with pytest.raises(InputError, match=message):
+            run_main(unet_test, "--data", prepared, "--checkpoint", tmp_path / name, "--device", "cpu")
