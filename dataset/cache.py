@@ -67,7 +67,7 @@ class Cache:
         with atomic_path(self.path) as temporary, temporary.open("wb") as file, ThreadPoolExecutor() as pool:
             chunks = (records[start : start + 64] for start in range(0, len(records), 64))  # for constant memory
             contents = chain.from_iterable(pool.map(load, chunk) for chunk in chunks)
-            file.writelines(tqdm(contents, f"cache {self.size}", len(records), leave=False, unit="image"))
+            file.writelines(tqdm(contents, f"cache {self.size}x{self.size}", len(records), leave=False, unit="image"))
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         if self._pixels is None:  # opened at first use, so that each loader worker maps the file itself

@@ -94,7 +94,7 @@ def test_stopped_and_killed_study_ends_with_the_same_weights(tmp_path):
         importlib.import_module(name)
 
     stopped = Study(*flags, explore=False)
-    stopped.read_until("train loss")
+    stopped.read_until("epoch 2/")
     stopped.process.terminate()
     printed = stopped.read_until(None)
     assert stopped.process.exitcode == 143 and "Traceback" not in printed, printed

@@ -150,6 +150,7 @@ import os, signal, sys
 from pathlib import Path
 
 number = int(sys.argv.pop(1))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs that a shell runs in the background ignore it
 sys.argv[0] = sys.argv.pop(1)
 sys.path.insert(0, str(Path(sys.argv[0]).parents[1]))
 import dataset.pet

@@ -1,4 +1,4 @@
-"""clip_seg/: CLIP's features and its weights. What every model does is in test_models.py."""
+"""clip_seg/: CLIP's features and its weights. The contract of all models is in test_models.py."""
 
 from __future__ import annotations
 

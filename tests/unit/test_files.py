@@ -70,7 +70,7 @@ def break_locks(monkeypatch, error: OSError) -> None:
 
 @pytest.mark.skipif(FileLock is SoftFileLock, reason="no file system here has locks")
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
-def test_lock_has_one_holder_where_the_file_system_has_no_locks(tmp_path, monkeypatch, number):
+def test_lock_without_file_locks_has_one_holder(tmp_path, monkeypatch, number):
     break_locks(monkeypatch, OSError(number, "no locks here"))
     with acquire_lock(tmp_path / ".lock"), pytest.raises(InputError, match="busy"):
         acquire_lock(tmp_path / ".lock", timeout=0, busy="busy")

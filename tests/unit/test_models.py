@@ -108,7 +108,7 @@ def build(case: Case, **options: Any) -> nn.Module:
 
 
 def loss_of(case: Case, model: nn.Module, images: Tensor, mask: Tensor) -> Tensor:
-    """The loss of segmenting `mask`, of segmenting what is clicked, or of reconstructing `images`."""
+    """The loss of segmenting `mask`, of segmenting the clicked square in it, or of reconstructing `images`."""
     output = case.call(model, images)
     if case.channels == 3:
         return F.mse_loss(output, images)
@@ -131,7 +131,7 @@ def test_output_has_the_size_of_the_images(case, num_classes):
 
 
 def test_training_moves_trainable_parameters_only(case):
-    """Gradients too, and batch norm whose weights are frozen keeps its statistics."""
+    """Only they get gradients, and the batch norm of a frozen encoder keeps its statistics."""
     model = build(case).train()
     trainable = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
     assert trainable == {key for key, _ in model.named_parameters() if not case.is_frozen(key)}

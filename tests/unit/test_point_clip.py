@@ -135,7 +135,7 @@ def segmenter(clip_folder, tmp_path) -> Path:
 
 
 def start(segmenter: Path, encoding: str, **given: Any) -> tuple[PointClip, dict[str, Any]]:
-    """What point_clip/train.py starts from with these flags."""
+    """The model that point_clip/train.py starts from with these flags, and its encoder's arguments."""
     config = Config(**{"clip_seg": segmenter, "point_encoding": encoding, "base_channels": 2, "skips": True, **given})
     return start_from(config, {"encoding": encoding, "base_channels": config.base_channels, "skips": config.skips})
 

@@ -15,7 +15,9 @@ import torch
 from PIL import Image
 
 from dataset.perturbation import PERTURBATIONS
-from dataset.pet import make_test_set
+from dataset.pet import find_records, make_test_set
+from dataset.pet_heatmap import read_points
+from point_clip.scoring import mark_click
 from study import report
 from study.compare import compare, format_comparison, resampled_iou
 from study.experiments import PRETRAINING
@@ -169,8 +171,13 @@ def test_a_prompted_run_has_its_own_table_and_colors(folders, prepared):
     for photo, _, _, clicked in rows:
         species = PETS.value("cat" if "Synthetic_cat" in photo.get_ylabel() else "dog")
         pixels = np.asarray(photo.images[0].get_array())
+        (record,) = (
+            one for one in find_records(prepared, "Test") if one.name in photo.get_ylabel().split("\n")[0].split()
+        )
+        (click,) = (click for click in read_points([record])[0] if click.on_pet)
         expected = PETS.overlay(pixels, np.full(pixels.shape[:2], species, np.uint8))
-        np.testing.assert_array_equal(clicked.images[0].get_array(), expected, "the object has the color of the pet")
+        expected = mark_click(expected, click.x, click.y)
+        np.testing.assert_array_equal(clicked.images[0].get_array(), expected, "the click, in the color of the pet")
     tables = format_scores([one, two])
     assert "Table 1. Segmentation" in tables and "Table 2. Prompted by a click" in tables
     assert "| {} | {} | {} |".format(*REPORTED["unet"]) in tables

@@ -255,7 +255,7 @@ def test_auto_on_a_cpu_is_refused(prepared, tmp_path):
         train(prepared, tmp_path, micro_batch_size="auto")
 
 
-def test_auto_is_the_run_with_the_number_that_it_finds(prepared, tmp_path, monkeypatch):
+def test_auto_run_equals_the_run_with_that_number(prepared, tmp_path, monkeypatch):
     """Trying sizes changes neither the random stream nor the weights."""
     monkeypatch.setattr(train_module, "find_micro_batch_size", find_on_gpu)
     settings = {"step": step_with_memory_for(5), "epochs": 2, "patience": 0, "batch_size": 8}
