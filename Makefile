@@ -26,7 +26,7 @@ report: $(READY)
 install: $(READY)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest
 
 lint: $(READY)
 	$(BIN)/ruff check .

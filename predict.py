@@ -26,7 +26,6 @@ class Config:
 def main() -> None:
     config = parse(Config, __doc__)
 
-    # Heavy imports come after parsing, so that --help answers immediately.
     from models import load_model
     from utils.distributed import init_distributed, print_once
     from utils.predictor import Predictor, predict_photographs

@@ -80,9 +80,7 @@ class SegmentationHead(nn.Module):
         for inputs, outputs in itertools.pairwise(widths):
             layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(inplace=True)]
         self.context = nn.Sequential(*layers)
-        self.up = nn.ModuleList(
-            UpBlock(widths[-1], widths[-1], skip_channels=skip) for skip in (reversed(finer) if skips else ())
-        )
+        self.up = nn.ModuleList(UpBlock(widths[-1], widths[-1], skip_channels=skip) for skip in finer[::-1] if skips)
         self.classify = ClassHead(widths[-1], num_classes)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
@@ -119,5 +117,5 @@ class AutoencoderSegmenter(nn.Module):
 
 
 def build_segmenter(num_classes: int = 3, *, base_channels: int = 64, skips: bool = False) -> AutoencoderSegmenter:
-    """The segmenter with an encoder of its own: what a checkpoint's `model_args` rebuild."""
+    """The segmenter of a checkpoint's `model_args`, with an encoder of its own."""
     return AutoencoderSegmenter(Encoder(base_channels=base_channels), num_classes, skips=skips)

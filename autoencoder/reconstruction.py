@@ -5,9 +5,9 @@ Images are (B, 3, H, W) in [0, 1], H and W at least 11 (the window of SSIM).
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -44,9 +44,8 @@ def ssim_loss(prediction: Tensor, target: Tensor) -> Tensor:
 def edge_loss(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean squared difference between the image gradients, so that edges count and flat areas do not.
 
-    A gradient is the difference to the next pixel, right and down. Alone it does not determine the brightness of an
-    image. Squared, because most gradients are nearly zero: the mean absolute difference is lowest for a flat picture,
-    and training with it ended in uniform grey.
+    A gradient is the difference to the next pixel, right and down. It does not determine the brightness of an image.
+    Squared, because most gradients are nearly zero: training with absolute differences ended in uniform grey.
     """
     error = prediction - target
     return error.diff(dim=-1).square().mean() + error.diff(dim=-2).square().mean()
@@ -59,13 +58,11 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": F.mse_loss, "ssi
 def trivial_reconstructions(image: Tensor, mean_image: Tensor, factor: int) -> dict[str, Tensor]:
     """Reconstructions without learning: a mean image, each image's mean color, each image at 1/factor and back."""
     small = [max(1, edge // factor) for edge in image.shape[-2:]]
-    resize = {"mode": "bilinear", "align_corners": False}
+    resize = partial(F.interpolate, mode="bilinear", align_corners=False)
     return {
         "mean image": mean_image.expand_as(image),
         "own mean color": image.mean(dim=(2, 3), keepdim=True).expand_as(image),
-        f"bilinear {small[0]}x{small[1]}": F.interpolate(
-            F.interpolate(image, small, antialias=True, **resize), image.shape[-2:], **resize
-        ),
+        f"bilinear {small[0]}x{small[1]}": resize(resize(image, small, antialias=True), image.shape[-2:]),
     }
 
 
@@ -77,15 +74,13 @@ def score_both(test: ModelTest) -> str:
 
 
 def find_autoencoder(test: ModelTest) -> tuple[Autoencoder | None, Path]:
-    """The autoencoder of the first stage, which has the decoder, and its checkpoint: the file of `--reconstruction`, or
-    else the one that the training used.
+    """The autoencoder of the first stage, and its checkpoint: `--reconstruction`, or the file that the training used.
 
     None, with a warning, when the encoder was never trained or the file is missing. InputError when it holds another
     encoder than the tested model.
     """
     given, encoder = test.config.reconstruction, test.checkpoint["config"]["encoder"]
-    own = test.config.checkpoint.absolute().parent.parent / "reconstruction" / "best.pt"
-    path = given or (Path(encoder) if encoder else own)
+    path = given or Path(encoder or test.config.checkpoint.absolute().parent.parent / "reconstruction/best.pt")
     if encoder == "random" or (given is None and not path.exists()):
         reason = "the encoder was never trained" if encoder == "random" else f"{path} is missing"
         log.warning("the reconstruction is not scored: %s", reason)
@@ -93,15 +88,14 @@ def find_autoencoder(test: ModelTest) -> tuple[Autoencoder | None, Path]:
     autoencoder, _ = restore_model(path, Autoencoder, "autoencoder/reconstruction", test.device)
     state = autoencoder.encoder.state_dict()
     if any(not value.equal(state[key]) for key, value in test.model.encoder.state_dict().items()):
-        hint = "give the right file as --reconstruction"
-        raise InputError(f"{path} holds another encoder than {test.config.checkpoint}: {hint}")
+        found = f"{path} holds another encoder than {test.config.checkpoint}"
+        raise InputError(f"{found}: give the right file as --reconstruction")
     return autoencoder, path
 
 
 @torch.inference_mode()
 def score_reconstruction(model: nn.Module, path: Path, test: ModelTest) -> str:
-    """PSNR and SSIM of the reconstructions of `model`, whose checkpoint is `path`: means over the images, beside the
-    trivial reconstructions; returns them as text.
+    """Mean PSNR and SSIM of the reconstructions of `model`, from checkpoint `path`, and of the trivial ones, as text.
 
     Writes reconstruction.json and reconstructions.png (best, median and worst by PSNR). The mean image is that of the
     scored images: about the best that one picture for all of them can reach.
@@ -111,37 +105,30 @@ def score_reconstruction(model: nn.Module, path: Path, test: ModelTest) -> str:
     loader = make_loader(test_set, sampler, config.workers)
     total = sum(batch["image"].sum(dim=0, dtype=torch.int64) for batch in loader)
     mean_image = all_reduce_sum(total.to(device)) / (255 * len(test_set))
-    index_of, scores = {name: index for index, name in enumerate(test_set.names)}, {}
+    index_of = {name: index for index, name in enumerate(test_set.names)}
+    scores: dict[str, Tensor] = {}  # PSNR and SSIM of each image (N, 2)
     for batch in tqdm(loader, desc="reconstruct", leave=False, disable=rank() != 0):
         image, indices = prepare_batch(batch, device)["image"], [index_of[name] for name in batch["name"]]
         predictions = {"autoencoder": model(image), **trivial_reconstructions(image, mean_image, 2**LEVELS)}
         for name, prediction in predictions.items():
             table = scores.setdefault(name, torch.zeros(len(test_set), 2, device=device))
             table[indices] = torch.stack([psnr(prediction, image), ssim(prediction, image)], dim=1)
-    scores = {name: all_reduce_sum(table).cpu() for name, table in scores.items()}  # PSNR and SSIM of each image (N, 2)
+    scores = {name: all_reduce_sum(table).cpu() for name, table in scores.items()}
     if rank() != 0:
         return ""
 
     means = {name: dict(zip(("psnr", "ssim"), part.mean(dim=0).tolist())) for name, part in scores.items()}
     height, width = mean_image.shape[-2:]
-    write_json(
-        out / "reconstruction.json",
-        {"images": len(test_set), "size": [height, width], "mean": means, "checkpoint": str(path)},
-    )
-    rows = []
-    own = scores["autoencoder"][:, 0].tolist()
+    content = {"images": len(test_set), "size": [height, width], "mean": means, "checkpoint": str(path)}
+    write_json(out / "reconstruction.json", content)
+    rows, own = [], scores["autoencoder"][:, 0].tolist()
     for place, index in pick_examples(own):
         image = prepare_batch({"image": test_set[index]["image"][None]}, device)["image"]
         *_, bilinear = trivial_reconstructions(image, mean_image, 2**LEVELS).values()
-        pictures = [as_pixels(picture[0]) for picture in (image, model(image), bilinear)]
-        rows.append((f"{place}: {test_set.records[index].name}\n{own[index]:.1f} dB", pictures))
+        pictures = (torch.cat([image, model(image), bilinear]) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+        rows.append((f"{place}: {test_set.records[index].name}\n{own[index]:.1f} dB", pictures.cpu().numpy()))
     headings = ("photograph", "reconstruction", f"{list(scores)[-1]} and back")
     save_figure(plot_pictures(rows, headings), out / "reconstructions.png")
     lines = [f"reconstruction of {len(own)} images at {height}x{width}:  PSNR (dB)      SSIM"]
     lines += [f"  {name:41}{part['psnr']:>8.2f}{part['ssim']:>10.3f}" for name, part in means.items()]
     return "\n".join([*lines, str(out / "reconstruction.json"), str(out / "reconstructions.png")])
-
-
-def as_pixels(image: Tensor) -> np.ndarray:
-    """(3, H, W) in [0, 1] as (H, W, 3) uint8."""
-    return (image * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()

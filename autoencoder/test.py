@@ -28,7 +28,6 @@ class Config(TestConfig):
 def main() -> None:
     config = parse(Config, __doc__)
 
-    # Heavy imports come after parsing, so that --help answers immediately.
     from autoencoder.model import build_segmenter
     from autoencoder.reconstruction import score_both
     from dataset.pet import make_test_set

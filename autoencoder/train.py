@@ -70,13 +70,8 @@ def main() -> None:
     if (config.out / "last.pt").exists():
         raise InputError(f"{config.out} is one stage of a run: give the whole run, --out {config.out.parent}")
     refuse_another_run(config)
-    pretraining = dataclasses.replace(
-        config,
-        out=config.out / "reconstruction",
-        epochs=config.pretrain_epochs,
-        lr=config.pretrain_lr,
-        min_delta=config.pretrain_min_delta,
-    )
+    own = {"epochs": config.pretrain_epochs, "lr": config.pretrain_lr, "min_delta": config.pretrain_min_delta}
+    pretraining = dataclasses.replace(config, out=config.out / "reconstruction", **own)
     training = dataclasses.replace(config, out=config.out / "segmentation")
     second_stage_began = (training.out / "last.pt").exists()
 
@@ -89,10 +84,8 @@ def main() -> None:
     elif config.encoder is not None:
         encoder = load_encoder(Path(config.encoder), config)
     elif second_stage_began and config.resume and not (pretraining.out / "best.pt").exists():
-        raise InputError(
-            f"--resume: {training.out} has begun, but {pretraining.out / 'best.pt'}, the encoder that it depends on, "
-            "is missing. Put it back, or start a new run with another --out"
-        )
+        missing = f"{pretraining.out / 'best.pt'}, the encoder that it depends on, is missing"
+        raise InputError(f"--resume: {training.out} has begun, but {missing}: put it back, or use another --out")
     if run.is_main:
         write_json(config.out / "config.json", as_plain_dict(config))
     if encoder is None:
@@ -115,10 +108,8 @@ def load_encoder(path: Path, config: Config):
     model, checkpoint = restore_model(path, Autoencoder, "autoencoder/reconstruction", torch.device("cpu"))
     width = checkpoint["model_args"]["base_channels"]
     if width != config.base_channels:
-        raise InputError(
-            f"{path} holds an encoder of {width} base channels, expected {config.base_channels}: "
-            f"give --base-channels {width}"
-        )
+        found = f"{path} holds an encoder of {width} base channels, expected {config.base_channels}"
+        raise InputError(f"{found}: give --base-channels {width}")
     return model.encoder
 
 

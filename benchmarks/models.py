@@ -66,7 +66,7 @@ def measure(base: Path, repeats: int) -> dict:
         model = build_model(experiment)
         training = measure_training(model, min(repeats, 3))
         figures[experiment.name] = training | measure_evaluation(model, test_set, min(repeats, 3))
-    perturbed = make_test_set(TestConfig(data=base, limit=BATCH, perturb=[]), 256)
+    perturbed = make_test_set(TestConfig(data=base, limit=BATCH // 4, perturb=[]), 256)
     unet = build_model(experiments.MODELS[0])
     figures["unet_all_perturbations"] = measure_evaluation(unet, perturbed, min(repeats, 3))
     run = start_run(TrainConfig(out=base / "run", device=DEVICE.type, precision="fp32"), "unet")
@@ -106,4 +106,4 @@ def measure_evaluation(model: nn.Module, test_set: PetDataset, repeats: int) -> 
     forward_passes = partial(Timer(partial(torch.inference_mode()(forward), images)).timeit, passes)
     evaluation = partial(evaluate, predict, test_set, DEVICE, batch_size=BATCH, class_table=classes)
     ways, memory = {"forward_passes": forward_passes, "evaluation": evaluation}, peak_memory(DEVICE, evaluation)
-    return {"evaluation": compare(repeats, ways, passes * BATCH, rate=True), "evaluation_MiB": memory}
+    return {"evaluation": compare(repeats, ways, passes * len(images), rate=True), "evaluation_MiB": memory}

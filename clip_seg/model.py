@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from clip_seg.weights import describe_architecture, find_weights, hash_weights, load_vision, random_vision
+from clip_seg.weights import ARCHITECTURE, find_weights, hash_weights, load_vision, random_vision
 from utils.files import InputError
 from utils.layers import ClassHead, Normalize, UpBlock
 
@@ -26,8 +28,7 @@ class ClipEncoder(nn.Module):
     Takes images (B, 3, H, W) in [0, 1], returns maps (B, channels, g, g) with g = `image_size` / patch size, 7 for
     B/32: the tokens after 1/4, 1/2, 3/4 and all of the layers (3, 6, 9 and 12 for B/32).
 
-    `frozen`: no gradients. `external_weights`: the weights are not saved in checkpoints (utils/helper.py), but loaded
-    from the hub or folder again and verified by their hash.
+    `frozen`: no gradients. `external_weights`: checkpoints do not hold the weights (utils/helper.py), only their hash.
     """
 
     def __init__(
@@ -45,17 +46,14 @@ class ClipEncoder(nn.Module):
         self.frozen = frozen
         patch = vision.config.patch_size
         if self.image_size % patch:
-            hint = f"use {max(1, round(self.image_size / patch)) * patch}"
             found = f"--clip-image-size {self.image_size} is not a multiple of the patch size of {patch} pixels"
-            raise InputError(f"{found}: {hint}")
+            raise InputError(f"{found}: use {max(1, round(self.image_size / patch)) * patch}")
         self.grid = self.image_size // patch
         self.channels = vision.config.hidden_size
-        layers = vision.config.num_hidden_layers
-        self.taps = [layers * quarter // 4 for quarter in (1, 2, 3, 4)]
+        self.taps = [vision.config.num_hidden_layers * quarter // 4 for quarter in (1, 2, 3, 4)]
         self.normalize = Normalize(CLIP_MEAN, CLIP_STD)
         for name, parameter in vision.named_parameters():
-            # The last norm only serves the pooled token, which is not used here.
-            parameter.requires_grad_(not frozen and "post_layernorm" not in name)
+            parameter.requires_grad_(not frozen and "post_layernorm" not in name)  # for the unused pooled token
         self.train()
 
     def train(self, mode: bool = True) -> ClipEncoder:
@@ -69,24 +67,19 @@ class ClipEncoder(nn.Module):
         size = (self.image_size, self.image_size)
         if image.shape[-2:] == size:
             return image
+        resize = partial(F.interpolate, size=size, mode="bicubic", antialias=True, align_corners=False)
         if image.device.type == "cpu" and not image.requires_grad:
             # A CPU resizes bytes several times faster than floats, and the images were bytes.
-            pixels = (image * 255).add_(0.5).clamp_(0, 255).to(torch.uint8)
-            resized = F.interpolate(pixels, size, mode="bicubic", antialias=True, align_corners=False)
-            return resized.float().div_(255)
-        return F.interpolate(image, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+            return resize((image * 255).add_(0.5).clamp_(0, 255).to(torch.uint8)).float().div_(255)
+        return resize(image).clamp(0, 1)
 
     def tokens(self, prepared: Tensor) -> list[Tensor]:
         """Feature maps of images at the encoder's size."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            states = self.vision(
-                self.normalize(prepared), interpolate_pos_encoding=True, output_hidden_states=True
-            ).hidden_states
-        batch = len(prepared)
-        return [  # the first token is the class token
-            states[layer][:, 1:].transpose(1, 2).reshape(batch, self.channels, self.grid, self.grid)  # (B, 768, 7, 7)
-            for layer in self.taps
-        ]
+            normalized = self.normalize(prepared)
+            output = self.vision(normalized, interpolate_pos_encoding=True, output_hidden_states=True)
+        patches = [output.hidden_states[layer][:, 1:] for layer in self.taps]  # (B, 49, 768) without the class token
+        return [part.transpose(1, 2).unflatten(2, (self.grid, self.grid)) for part in patches]  # (B, 768, 7, 7)
 
     def forward(self, image: Tensor) -> list[Tensor]:
         return self.tokens(self.prepare(image))
@@ -95,9 +88,8 @@ class ClipEncoder(nn.Module):
 class Decoder(nn.Module):
     """The U-Net's decoder on a map of tokens: four blocks that double height and width and halve the channels.
 
-    With `skip_channels`, the channels of a token, the first three blocks also take tokens of shallower layers: a
-    transposed convolution expands every token to its patch at the block's resolution (as in UNETR, Hatamizadeh et al.
-    2022).
+    With `skip_channels`, the channels of a token, the first three blocks also take tokens of shallower layers.
+    Transposed convolutions expand each token to its patch at the block's resolution (UNETR, Hatamizadeh et al. 2022).
     """
 
     def __init__(self, in_channels: int, *, skip_channels: int = 0):
@@ -116,8 +108,8 @@ class Decoder(nn.Module):
     def forward(self, x: Tensor, shallower: Sequence[Tensor]) -> Tensor:
         """`x` (B, in_channels, g, g) and token maps (B, skip_channels, g, g), shallowest first -> (B, C, 16g, 16g)."""
         skips = [unpack(tokens) for unpack, tokens in zip(self.unpack, reversed(shallower))]
-        for level, block in enumerate(self.blocks):
-            x = block(x, skips[level] if level < len(skips) else None)  # 7 -> 14 -> 28 -> 56 -> 112
+        for block, skip in itertools.zip_longest(self.blocks, skips):
+            x = block(x, skip)  # 7 -> 14 -> 28 -> 56 -> 112
         return x
 
 
@@ -143,16 +135,16 @@ class ClipSegmenter(nn.Module):
 def make_encoder(
     clip_model: str, *, image_size: int | None = None, frozen: bool = False, random_init: bool = False
 ) -> tuple[ClipEncoder, dict[str, Any]]:
-    """An encoder to train with, and the plain values from which `rebuild_encoder` makes it again.
+    """An encoder to train, and the plain values from which `rebuild_encoder` makes it again.
 
-    Of a frozen CLIP only the hash of the weights goes into the checkpoint; random or trained weights go there whole.
+    Of a frozen CLIP the checkpoint holds only the hash of the weights; it holds random or trained weights completely.
     """
     vision = random_vision(clip_model) if random_init else load_vision(clip_model)
     external = frozen and not random_init
     encoder = ClipEncoder(vision, image_size=image_size, frozen=frozen, external_weights=external)
     return encoder, {
         "clip_model": clip_model,
-        "architecture": describe_architecture(vision),
+        "architecture": {name: getattr(vision.config, name) for name in ARCHITECTURE},
         "image_size": encoder.image_size,
         "frozen": frozen,
         "weights_hash": hash_weights(vision) if external else None,
@@ -160,12 +152,7 @@ def make_encoder(
 
 
 def rebuild_encoder(
-    *,
-    clip_model: str,
-    architecture: dict[str, Any],
-    image_size: int,
-    frozen: bool,
-    weights_hash: str | None,
+    *, clip_model: str, architecture: dict[str, Any], image_size: int, frozen: bool, weights_hash: str | None
 ) -> ClipEncoder:
     """The encoder of `make_encoder`. External weights are loaded from `clip_model` and must have the hash; others come
     with the checkpoint."""
@@ -175,14 +162,9 @@ def rebuild_encoder(
 
 
 def build_segmenter(
-    num_classes: int = 3,
-    *,
-    encoder: dict[str, Any],
-    base_channels: int = 64,
-    skips: bool = False,
-    clip_model: str | None = None,
+    num_classes: int = 3, *, encoder: dict[str, Any], clip_model: str | None = None, **options: Any
 ) -> ClipSegmenter:
     """The segmenter of a checkpoint's `model_args`. `clip_model`: where external weights are now."""
     if clip_model:
         encoder = {**encoder, "clip_model": clip_model}
-    return ClipSegmenter(rebuild_encoder(**encoder), num_classes, base_channels=base_channels, skips=skips)
+    return ClipSegmenter(rebuild_encoder(**encoder), num_classes, **options)

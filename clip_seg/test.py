@@ -24,7 +24,6 @@ class Config(ClipTestConfig):
 def main() -> None:
     config = parse(Config, __doc__)
 
-    # Heavy imports come after parsing, so that --help answers immediately.
     from clip_seg.model import build_segmenter
     from dataset.pet import make_test_set
     from utils.evaluation import run_test

@@ -38,12 +38,8 @@ def main() -> None:
 
     run = start_run(config, "clip_seg")
     train_set, val_set = make_train_sets(config)
-    encoder, encoder_args = make_encoder(
-        config.clip_model,
-        image_size=config.clip_image_size,
-        frozen=config.freeze_encoder,
-        random_init=config.clip_random_init,
-    )
+    size, frozen, random_init = config.clip_image_size, config.freeze_encoder, config.clip_random_init
+    encoder, encoder_args = make_encoder(config.clip_model, image_size=size, frozen=frozen, random_init=random_init)
     num_classes = len(train_set.class_table)
     options = {"num_classes": num_classes, "base_channels": config.base_channels, "skips": config.skips}
     fit(ClipSegmenter(encoder, **options), step, train_set, val_set, run, {"encoder": encoder_args, **options})

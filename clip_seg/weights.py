@@ -3,7 +3,6 @@
 import hashlib
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoConfig, CLIPVisionConfig, CLIPVisionModel
@@ -23,29 +22,23 @@ transformers_logging.disable_progress_bar()
 
 
 def load_vision(name: str) -> CLIPVisionModel:
-    """CLIP's vision transformer of a hub id or a local folder, in float32.
-
-    InputError when there is none, it is not a CLIP vision transformer, or weights are missing: none start at random.
-    """
+    """CLIP's vision transformer of a hub id or a local folder, in float32; InputError when any weight is missing."""
     read_config(name)
     try:
         vision, report = CLIPVisionModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
     except Exception as error:  # missing, unreadable or damaged files raise many kinds of errors
         raise _missing_weights(name, error) from error
     if absent := sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"])):
-        raise InputError(
-            f"--clip-model {name} lacks {len(absent)} weights of a CLIP vision transformer, {absent[0]} among them: "
-            "fetch it again, or use another"
-        )
+        lacks = f"lacks {len(absent)} weights of a CLIP vision transformer, {absent[0]} among them"
+        raise InputError(f"--clip-model {name} {lacks}: fetch it again, or use another")
     return vision
 
 
 def random_vision(name: str) -> CLIPVisionModel:
     """A vision transformer of the same architecture with random weights, seeded by PyTorch's generator."""
     # A default CLIPVisionConfig has the architecture of DEFAULT_CLIP, so that random weights need no hub.
-    return CLIPVisionModel(
-        CLIPVisionConfig() if name == DEFAULT_CLIP and not Path(name).exists() else read_config(name)
-    )
+    default = name == DEFAULT_CLIP and not Path(name).exists()
+    return CLIPVisionModel(CLIPVisionConfig() if default else read_config(name))
 
 
 def read_config(name: str) -> CLIPVisionConfig:
@@ -56,16 +49,9 @@ def read_config(name: str) -> CLIPVisionConfig:
         raise _missing_weights(name, error) from error
     vision = getattr(config, "vision_config", config) if config.model_type == "clip" else config
     if not isinstance(vision, CLIPVisionConfig):
-        raise InputError(
-            f"--clip-model {name} is a {config.model_type} model, expected a CLIP with a vision transformer, "
-            f"such as {DEFAULT_CLIP}"
-        )
+        expected = f"expected a CLIP with a vision transformer, such as {DEFAULT_CLIP}"
+        raise InputError(f"--clip-model {name} is a {config.model_type} model, {expected}")
     return vision
-
-
-def describe_architecture(vision: CLIPVisionModel) -> dict[str, Any]:
-    """The architecture as plain values: `CLIPVisionConfig(**...)` of them builds it again."""
-    return {name: getattr(vision.config, name) for name in ARCHITECTURE}
 
 
 def hash_weights(vision: CLIPVisionModel) -> str:
@@ -80,10 +66,8 @@ def find_weights(name: str, expected_hash: str) -> CLIPVisionModel:
     """`load_vision`; InputError when the weights have another hash."""
     vision = load_vision(name)
     if (found := hash_weights(vision)) != expected_hash:
-        raise InputError(
-            f"--clip-model {name} holds other weights (sha256 {found[:12]}...) than the model was trained on "
-            f"({expected_hash[:12]}...): give the right ones as --clip-model"
-        )
+        other = f"other weights (sha256 {found[:12]}...) than the model was trained on ({expected_hash[:12]}...)"
+        raise InputError(f"--clip-model {name} holds {other}: give the right ones as --clip-model")
     return vision
 
 

@@ -13,6 +13,7 @@ from utils.dataset_prep import gaussian_heatmaps
 from utils.files import InputError
 from utils.layers import ClassHead, DoubleConv
 
+Encoding = Literal["heatmap", "disk"]
 RADIUS = 5 / 256  # of a click's disk, as a share of the image's edge
 CLICK_CHANNELS = 16
 
@@ -20,21 +21,15 @@ CLICK_CHANNELS = 16
 class PointClip(nn.Module):
     """One logit per pixel: positive where the pixel is on the clicked side of the pet's outline.
 
-    `encoding` is how the network gets the click. "heatmap" (the report's): a Gaussian around the click passes through
-    CLIP as a second picture, and the decoder sees both feature maps. "disk" (as in RITM, Sofiiuk et al. 2022, and
-    SimpleClick, Liu et al. 2023): a small disk at the decoder's resolution, concatenated to the decoder's features, so
-    that an image is encoded once for any number of clicks.
+    `encoding` is how the network gets the click. "heatmap" (the report's): a Gaussian around it passes through CLIP as
+    a second picture, and the decoder gets both feature maps. "disk" (RITM, Sofiiuk et al. 2022; SimpleClick, Liu et al.
+    2023): a small disk is concatenated to the decoder's output, so that an image is encoded once for all clicks.
 
     `encode(image)` is the work per image, `decode` the work per click; `forward` does both.
     """
 
     def __init__(
-        self,
-        encoder: ClipEncoder,
-        *,
-        encoding: Literal["heatmap", "disk"] = "heatmap",
-        base_channels: int = 64,
-        skips: bool = False,
+        self, encoder: ClipEncoder, *, encoding: Encoding = "heatmap", base_channels: int = 64, skips: bool = False
     ):
         super().__init__()
         self.encoder = encoder
@@ -59,27 +54,21 @@ class PointClip(nn.Module):
         return [self.reduce(self.decoder(self.project(features[-1]), features[:-1]))]  # (B, 16, 112, 112)
 
     def decode(
-        self,
-        features: Sequence[Tensor],
-        points: Tensor,
-        image_size: Sequence[int],
-        negative_points: Tensor | None = None,
+        self, features: list[Tensor], points: Tensor, image_size: Sequence[int], negative_points: Tensor | None = None
     ) -> Tensor:
         """Logits (N, 1, H, W) for clicks `points` (N, 2), x and y in pixels of images of `image_size` (H, W).
 
         `features` are those of B images; `points` holds N / B clicks on the first, as many on the second, and so on.
-        `negative_points` (N, 2) are clicks on the other side of the outline, NaN where there is none; the heatmap
-        encoding takes none. InputError for a point that is NaN or outside the image; in training it is not checked,
-        because a GPU would have to wait for the check.
+        `negative_points` (N, 2) are clicks on the other side of the outline, NaN where there is none; for "disk" only.
+        InputError for a point that is NaN or outside the image; not in training, where the check would delay a GPU.
         """
         if self.encoding == "heatmap":
             if negative_points is not None:
                 raise InputError("a model with the heatmap encoding takes no negative click; train one with disk")
             return self._combine(features, self.encoder.tokens(self._heatmaps(points, image_size)), image_size)
-        edges = points.new_tensor(image_size[::-1])
         (image_features,) = features
         image_features = image_features.repeat_interleave(len(points) // len(image_features), dim=0)
-        negative = None if negative_points is None else (negative_points + 0.5) / edges
+        negative = None if negative_points is None else (negative_points + 0.5) / points.new_tensor(image_size[::-1])
         logits = self.head(image_features, self._relative(points, image_size), negative)
         return F.interpolate(logits, tuple(image_size), mode="bilinear", align_corners=False)
 
@@ -95,8 +84,10 @@ class PointClip(nn.Module):
     def _relative(self, points: Tensor, image_size: Sequence[int]) -> Tensor:
         """Points (N, 2) in pixels as shares of the image: 0 and 1 at its borders."""
         edges = points.new_tensor(image_size[::-1])
-        if not self.training:
-            check_points(points, edges)
+        outside = ~((points >= -0.5) & (points <= edges - 0.5)).all(dim=1)
+        if not self.training and outside.any():
+            (x, y), (height, width) = points[outside][0].tolist(), image_size
+            raise InputError(f"the point ({x:g}, {y:g}) is not in the image, which is {width}x{height} pixels")
         return (points + 0.5) / edges
 
     def _heatmaps(self, points: Tensor, image_size: Sequence[int]) -> Tensor:
@@ -152,15 +143,6 @@ def render_disks(position: Tensor, height: int, width: int) -> Tensor:
     return ((radius - distance) * width + 0.5).clamp(0, 1).nan_to_num(0)[:, None]
 
 
-def check_points(points: Tensor, edges: Tensor) -> None:
-    """InputError when one of the points (N, 2) is NaN or outside an image of `edges` (width, height)."""
-    outside = ~((points >= -0.5) & (points <= edges - 0.5)).all(dim=1)
-    if outside.any():
-        x, y = points[outside][0].tolist()
-        width, height = edges.tolist()
-        raise InputError(f"the point ({x:g}, {y:g}) is not in the image, which is {width:g}x{height:g} pixels")
-
-
 START_SCALE = 0.2  # of a segmenter's weights, so that the tanh after them does not saturate
 
 
@@ -174,10 +156,7 @@ def from_segmenter(segmenter: ClipSegmenter, **options: Any) -> PointClip:
     model = PointClip(segmenter.encoder, **options)
     if model.encoding == "disk":
         model.project, model.decoder = segmenter.project, segmenter.decoder
-        reduce, classes = (
-            model.reduce[0],
-            segmenter.head,
-        )  # 1x1 convolutions: weights (C, base_channels, 1, 1), bias (C,)
+        reduce, classes = model.reduce[0], segmenter.head  # 1x1: weights (C, base_channels, 1, 1), biases (C,)
         with torch.no_grad():
             reduce.weight += START_SCALE * (classes.weight[1:].mean(dim=0) - classes.weight[0])
             reduce.bias += START_SCALE * (classes.bias[1:].mean(dim=0) - classes.bias[0])

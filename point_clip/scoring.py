@@ -1,7 +1,7 @@
 """Scores of a model prompted by clicks, and their pictures."""
 
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,55 +40,50 @@ def score_clicks(test: ModelTest) -> str:
     """Score the fixed clicks of a split and ten random clicks per image; returns the scores as text.
 
     Writes the files of `ModelTest.write` (perturbed images with the fixed clicks only), predictions.png and masks/:
-    NAME.png of the click on the pet, NAME_background.png of the other.
+    NAME.png of the click on the pet, NAME_background.png of the other. The scores are over object and ground.
 
-    The scores are over object and ground, of both kinds of clicks together and apart. `own_mask` is the share of clicks
-    inside their own mask; `flips` the share of images where each of the two fixed clicks is in its own mask and not in
-    the other's. `spread` is the standard deviation of an image's object IoU over five random clicks on one side, mean
-    over images. The baseline predicts the pet's true outline, whatever the click.
+    `own_mask` is the share of clicks inside their own mask; `flips` the share of images where each of the two fixed
+    clicks is in its own mask and not in the other's. `spread` is the standard deviation of an image's object IoU over
+    five random clicks on one side, mean over images. The baseline predicts the true outline, whatever the click.
     """
     fixed = dict(zip(test.test_set.names, read_points(test.test_set.records)))
-    statistics_of: dict[str, ClickStatistics] = {}
-    evaluation = test.evaluate(predict_clicks(test, fixed, statistics_of), CLICKS)
-    statistics_of = dict(all_gather_objects(list(statistics_of.items())))
-    per_image = [statistics_of[name] for name in test.test_set.names]
+    own: dict[str, ClickStatistics] = {}
+    evaluation = test.evaluate(predict_clicks(test, fixed, own), CLICKS)
+    statistics_of = dict(all_gather_objects(list(own.items())))
     if rank() != 0:
         return ""
+    per_image = [statistics_of[name] for name in test.test_set.names]
     metrics = evaluation.metrics() | summarize_clicks(per_image)
-    figure = test.config.results / "predictions.png"
-    save_figure(plot_examples(test, per_image, fixed), figure)
+    path = test.config.results / "predictions.png"
+    save_figure(plot_examples(test, per_image, fixed), path)
     title = f"{test.config.checkpoint}: {metrics['clicks']} clicks on {metrics['images']} images"
-    return test.write(evaluation, metrics, title, [format_clicks(metrics, per_image), str(figure)])
+    return test.write(evaluation, metrics, title, [format_clicks(metrics, per_image), str(path)])
 
 
 def predict_clicks(
     test: ModelTest, fixed: dict[str, Sequence[Click]], statistics_of: dict[str, ClickStatistics]
 ) -> PredictBatch:
-    """Predictions for the fixed clicks on each image, by name.
-
-    On clean images it also predicts random clicks and fills `statistics_of`, by name.
-    """
+    """Predictions for the clicks `fixed` on each image, by name; fills `statistics_of` from the clean images."""
     model, size = test.model, test.checkpoint["config"]["image_size"]
     index_of = {record.name: index for index, record in enumerate(test.test_set.records)}
     photo_size = {record.name: picture_size(record.image) for record in test.test_set.records}
 
     def predict(batch: dict[str, Any]) -> Iterator[ImagePrediction]:
-        features = model.encode(batch["image"])
-        for position, (name, label) in enumerate(zip(batch["name"], batch["label"])):
-            image_features = [part[position : position + 1] for part in features]
+        per_image = map(list, zip(*(part.split(1) for part in model.encode(batch["image"]))))
+        for name, label, features in zip(batch["name"], batch["label"], per_image):
             clicks = [to_label_pixels(click, photo_size[name], label.shape) for click in fixed[name]]
-            masks, targets = predict_one(model, image_features, clicks, label, size)
+            masks, targets = predict_one(model, features, clicks, label, size)
             if batch["perturbation"] is None:
-                more = sample_clicks(label.cpu().numpy(), np.random.default_rng([0, index_of[name]]))
-                further = predict_one(model, image_features, more, label, size)
-                statistics_of[name] = collect_statistics(label, (clicks, masks, targets), (more, *further))
+                random = sample_clicks(label.cpu().numpy(), np.random.default_rng([0, index_of[name]]))
+                further = predict_one(model, features, random, label, size)
+                statistics_of[name] = collect_statistics(label, (clicks, masks, targets), (random, *further))
             yield ImagePrediction(masks, targets, [SUFFIXES[click.on_pet] for click in clicks])
 
     return predict
 
 
 def predict_one(
-    model: PointClip, features: Sequence[Tensor], clicks: Sequence[Click], label: Tensor, size: int
+    model: PointClip, features: list[Tensor], clicks: Sequence[Click], label: Tensor, size: int
 ) -> tuple[Tensor, Tensor]:
     """Masks and targets (K, H, W) of K clicks on one image; the clicks are in pixels of its label (H, W)."""
     if not clicks:
@@ -121,18 +116,14 @@ Clicked = tuple[Sequence[Click], Tensor, Tensor]  # K clicks, their masks and ta
 
 def collect_statistics(label: Tensor, fixed: Clicked, random: Clicked) -> ClickStatistics:
     """The statistics of one image from its fixed and its random clicks."""
-    outline = foreground(label).long()
-    tables = [[count_confusion(*pair, 2) for pair in zip(masks, targets)] for _, masks, targets in (fixed, random)]
     clicks, masks, targets = fixed
-    hits = [bool(mask[click.y, click.x]) for group in (fixed, random) for click, mask in zip(group[0], group[1])]
+    outline = foreground(label).long().expand_as(targets)
     return ClickStatistics(
-        fixed=[(click.on_pet, table.tolist()) for click, table in zip(clicks, tables[0])],
-        random=[
-            (click.on_pet, ConfusionMatrix(CLICKS.names, table).iou()[1]) for click, table in zip(random[0], tables[1])
-        ],
-        hits=hits,
+        fixed=[(click.on_pet, count_confusion(mask, target, 2).tolist()) for click, mask, target in zip(*fixed)],
+        random=[(click.on_pet, object_iou(count_confusion(mask, target, 2))) for click, mask, target in zip(*random)],
+        hits=[bool(mask[click.y, click.x]) for group in (fixed, random) for click, mask, _ in zip(*group)],
         follows=follows_click(masks, clicks) if len(clicks) == 2 else None,
-        baseline=sum_counts(count_confusion(outline, target, 2) for target in targets).tolist(),
+        baseline=count_confusion(outline, targets, 2).tolist(),
     )
 
 
@@ -142,9 +133,9 @@ def follows_click(masks: Tensor, clicks: Sequence[Click]) -> bool:
     return contains == [[True, False], [False, True]]
 
 
-def sum_counts(tables: Iterable[Tensor | list[list[int]]]) -> Tensor:
-    """The sum of confusion counts (2, 2), zeros if there are none."""
-    return sum((torch.as_tensor(table).cpu() for table in tables), torch.zeros(2, 2, dtype=torch.int64))
+def object_iou(counts: Tensor) -> float:
+    """IoU of the clicked object from counts (2, 2); NaN if neither truth nor prediction has it."""
+    return ConfusionMatrix(CLICKS.names, counts).iou()[CLICKS.value("object")]
 
 
 def summarize_clicks(per_image: Sequence[ClickStatistics]) -> dict[str, Any]:
@@ -154,16 +145,13 @@ def summarize_clicks(per_image: Sequence[ClickStatistics]) -> dict[str, Any]:
     random = [[iou for on_pet, iou in image.random if on_pet == side] for image in per_image for side in SIDES]
     hits = [hit for image in per_image for hit in image.hits]
     follows = [image.follows for image in per_image if image.follows is not None]
-    outline = ConfusionMatrix(CLICKS.names, sum_counts(image.baseline for image in per_image))
+    total = {name: torch.tensor(tables).sum(dim=0) for name, tables in by_side.items() if tables}  # (2, 2)
+    baseline = torch.tensor([image.baseline for image in per_image]).sum(dim=0)
     return {
         "clicks": len(pairs),
         "skipped": {name: len(per_image) - len(tables) for name, tables in by_side.items()},
-        "baseline": {"name": "true outline, blind to the click", **outline.scores()},
-        "by_click": {
-            name: ConfusionMatrix(CLICKS.names, sum_counts(tables)).scores()
-            for name, tables in by_side.items()
-            if tables
-        },
+        "baseline": {"name": "true outline, blind to the click", **ConfusionMatrix(CLICKS.names, baseline).scores()},
+        "by_click": {name: ConfusionMatrix(CLICKS.names, counts).scores() for name, counts in total.items()},
         "spread": {
             "clicks": 2 * RANDOM_CLICKS,
             "iou_mean": nan_mean(iou for values in random for iou in values),
@@ -176,16 +164,13 @@ def summarize_clicks(per_image: Sequence[ClickStatistics]) -> dict[str, Any]:
 
 def format_clicks(metrics: dict[str, Any], per_image: Sequence[ClickStatistics]) -> str:
     """The scores that only clicks have, in percent."""
-    spread, follows = metrics["spread"], metrics["flips"] or 0
-    clicks = sum(len(image.hits) for image in per_image)
+    spread, clicks = metrics["spread"], sum(len(image.hits) for image in per_image)
     images = sum(image.follows is not None for image in per_image)
+    by_side = {side: 100 * scores["iou"]["object"] for side, scores in metrics["by_click"].items()}
     lines = [
-        f"  clicks on the {side}: object IoU {100 * scores['iou']['object']:.1f}"
-        for side, scores in metrics["by_click"].items()
-    ]
-    lines += [
+        *(f"  clicks on the {side}: object IoU {iou:.1f}" for side, iou in by_side.items()),
         f"  {100 * metrics['own_mask']:.1f} % of {clicks} clicks are in their own mask; "
-        f"the mask follows the click on {100 * follows:.1f} % of {images} images",
+        f"the mask follows the click on {100 * (metrics['flips'] or 0):.1f} % of {images} images",
         f"  object IoU over {spread['clicks']} random clicks per image: mean {100 * spread['iou_mean']:.1f}, "
         f"standard deviation within an image {100 * spread['iou_std']:.1f}",
         f"  images without such a point, skipped: {metrics['skipped']}",
@@ -195,12 +180,9 @@ def format_clicks(metrics: dict[str, Any], per_image: Sequence[ClickStatistics])
 
 def plot_examples(test: ModelTest, per_image: Sequence[ClickStatistics], fixed: dict[str, Sequence[Click]]) -> Figure:
     """Best, median and worst images: photograph, truth, and the mask of each click, which is marked."""
-    object_iou = [
-        nan_mean(ConfusionMatrix(CLICKS.names, torch.tensor(counts)).iou()[1] for _, counts in image.fixed)
-        for image in per_image
-    ]
+    mean_iou = [nan_mean(object_iou(torch.tensor(counts)) for _, counts in image.fixed) for image in per_image]
     rows = []
-    for place, index in pick_examples(object_iou):
+    for place, index in pick_examples(mean_iou):
         record = test.test_set.records[index]
         pictures: dict[bool, np.ndarray] = {}
         for click in fixed[record.name]:
@@ -209,7 +191,7 @@ def plot_examples(test: ModelTest, per_image: Sequence[ClickStatistics], fixed: 
             x, y = rescale_point(click.x, click.y, picture_size(record.image), photo.shape[1::-1])
             pictures[click.on_pet] = mark_click(CLICKS.overlay(photo, mask), x, y)
         truth, blank = record.class_table.overlay(photo, label), np.full_like(photo, 255)
-        caption = f"{place}: {record.name}\nobject IoU {object_iou[index]:.2f}"
+        caption = f"{place}: {record.name}\nobject IoU {mean_iou[index]:.2f}"
         rows.append((caption, [photo, truth, *(pictures.get(side, blank) for side in SIDES)]))
     return plot_pictures(rows, ("photograph", "truth", "click on the pet", "click on the background"), test.note)
 

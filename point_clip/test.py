@@ -32,7 +32,6 @@ class Config(ClipTestConfig):
 def main() -> None:
     config = parse(Config, __doc__)
 
-    # Heavy imports come after parsing, so that --help answers immediately.
     from dataset.pet import make_test_set
     from point_clip.model import build_point_clip
     from point_clip.scoring import score_clicks

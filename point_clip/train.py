@@ -3,21 +3,16 @@
 Train CLIP with a clicked point: the object is the side of the pet's outline that was clicked (report section 9).
 """
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from clip_seg.config import ClipConfig
 from utils.config import flag, flag_name, parse, run_script
 from utils.files import InputError
-
-if TYPE_CHECKING:
-    from point_clip.model import PointClip
 
 
 @dataclass
@@ -68,18 +63,14 @@ def main() -> None:
     if config.clip_seg:
         model, encoder_args = start_from(config, options)
     else:
-        encoder, encoder_args = make_encoder(
-            config.clip_model,
-            image_size=config.clip_image_size,
-            frozen=config.freeze_encoder,
-            random_init=config.clip_random_init,
-        )
+        size, frozen, random_init = config.clip_image_size, config.freeze_encoder, config.clip_random_init
+        encoder, encoder_args = make_encoder(config.clip_model, image_size=size, frozen=frozen, random_init=random_init)
         model = PointClip(encoder, **options)
     fit(model, step, train_set, val_set, run, {"encoder": encoder_args, **options})
 
 
-def start_from(config: Config, options: dict[str, Any]) -> tuple[PointClip, dict[str, Any]]:
-    """A model that starts from the checkpoint of `--clip-seg`, and the plain values that describe its encoder.
+def start_from(config: Config, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A PointClip that starts from the checkpoint of `--clip-seg`, and the plain values that describe its encoder.
 
     InputError for a flag that asks for another CLIP or decoder than the checkpoint's.
     """
@@ -89,15 +80,15 @@ def start_from(config: Config, options: dict[str, Any]) -> tuple[PointClip, dict
     from point_clip.model import from_segmenter
     from utils.helper import restore_model
 
-    segmenter, start = restore_model(config.clip_seg, build_segmenter, "clip_seg", torch.device("cpu"))
-    its = start["model_args"]
+    segmenter, checkpoint = restore_model(config.clip_seg, build_segmenter, "clip_seg", torch.device("cpu"))
+    args = checkpoint["model_args"]
     for name in ("clip_model", "clip_image_size", "clip_random_init", "freeze_encoder"):
-        if (value := getattr(config, name)) != getattr(Config, name) and value != start["config"][name]:
+        if (value := getattr(config, name)) not in (getattr(Config, name), checkpoint["config"][name]):
             raise InputError(f"{flag_name(name)} {value}: --clip-seg brings its own CLIP, leave {flag_name(name)} out")
-    if options["encoding"] == "disk" and any(options[name] != its[name] for name in ("base_channels", "skips")):
-        fitting = f"--base-channels {its['base_channels']}{' --skips' if its['skips'] else ''}"
-        raise InputError(f"--clip-seg {config.clip_seg} has another decoder: give its own flags, {fitting}")
-    return from_segmenter(segmenter, **options), its["encoder"]
+    if options["encoding"] == "disk" and any(options[name] != args[name] for name in ("base_channels", "skips")):
+        flags = f"--base-channels {args['base_channels']}{' --skips' if args['skips'] else ''}"
+        raise InputError(f"--clip-seg {config.clip_seg} has another decoder: give its own flags, {flags}")
+    return from_segmenter(segmenter, **options), args["encoder"]
 
 
 if __name__ == "__main__":

@@ -9,11 +9,9 @@ import numpy as np
 from study.runs import Run
 from utils.files import InputError
 
-RESAMPLES = 2000
 
-
-def compare(ours: Sequence[Run], theirs: Sequence[Run], resamples: int = RESAMPLES) -> dict[str, Any]:
-    """Is the mean IoU of `ours`, a model over seeds, better than of `theirs`? By a paired bootstrap over test images.
+def compare(ours: Sequence[Run], theirs: Sequence[Run], resamples: int = 2000) -> dict[str, Any]:
+    """Is the mean IoU of `ours`, a model over seeds, better than of `theirs`?
 
     Each resample draws test images with replacement, the same for all runs, and compares the means over the runs on
     each side. The interval covers test-image sampling; the standard deviation covers seeds. InputError when the runs
@@ -28,28 +26,23 @@ def compare(ours: Sequence[Run], theirs: Sequence[Run], resamples: int = RESAMPL
         if len({run.metrics["model"] for run in side}) > 1:
             names = ", ".join(f"{run.name} ({run.metrics['model']})" for run in side)
             raise InputError(f"each side is to be one model over seeds, got {names}")
-
-    def mean_iou(runs: Sequence[Run], weights: np.ndarray) -> np.ndarray:
-        """(runs, resamples)"""
-        return np.stack([resampled_iou(run.counts, weights) for run in runs])
-
-    images = len(ours[0].images)
-    rng = np.random.default_rng(0)
-    weights = rng.multinomial(images, np.full(images, 1 / images), size=resamples)
-    difference = mean_iou(ours, weights).mean(axis=0) - mean_iou(theirs, weights).mean(axis=0)
-    everything = np.ones((1, images), np.int64)
-    scores = [mean_iou(runs, everything)[:, 0].tolist() for runs in (ours, theirs)]
-    low, high = np.quantile(difference, (0.025, 0.975)).tolist()
+    images, verdict = len(ours[0].images), {}
+    weights = np.random.default_rng(0).multinomial(images, np.full(images, 1 / images), size=resamples)
+    means = []  # over the runs of a side, for each resample
+    for side, runs in (("ours", ours), ("theirs", theirs)):
+        means.append(np.mean([resampled_iou(run.counts, weights) for run in runs], axis=0))
+        scores = [resampled_iou(run.counts, np.ones((1, images), np.int64)).item() for run in runs]
+        std = statistics.stdev(scores) if len(scores) > 1 else None
+        verdict[side] = {"runs": [run.name for run in runs], "mean": statistics.fmean(scores), "std": std}
+    difference = means[0] - means[1]
     return {
-        **{
-            side: {"runs": [run.name for run in runs], "mean": statistics.fmean(values),
-                   "std": statistics.stdev(values) if len(values) > 1 else None}
-            for side, runs, values in zip(("ours", "theirs"), (ours, theirs), scores)
-        },
-        "difference": statistics.fmean(scores[0]) - statistics.fmean(scores[1]),
-        "interval_95": [low, high], "share_better": float((difference > 0).mean()),
-        "images": images, "resamples": resamples,
-    }  # fmt: skip
+        **verdict,
+        "difference": verdict["ours"]["mean"] - verdict["theirs"]["mean"],
+        "interval_95": np.quantile(difference, (0.025, 0.975)).tolist(),
+        "share_better": float((difference > 0).mean()),
+        "images": images,
+        "resamples": resamples,
+    }
 
 
 def resampled_iou(counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -63,15 +56,14 @@ def resampled_iou(counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
 def format_comparison(verdict: dict[str, Any]) -> str:
     """A comparison as Markdown."""
     lines = []
-    for side in ("ours", "theirs"):
-        entry = verdict[side]
+    for entry in (verdict["ours"], verdict["theirs"]):
         std = "" if entry["std"] is None else f" ± {100 * entry['std']:.1f} (standard deviation over runs)"
         lines.append(f"- {', '.join(entry['runs'])}: mIoU {100 * entry['mean']:.1f}{std}\n")
     low, high = verdict["interval_95"]
     answer = "better" if low > 0 else "worse" if high < 0 else "no significant difference"
-    return (
-        "".join(lines) + f"\nDifference {100 * verdict['difference']:+.1f} points, 95 % interval {100 * low:+.1f} to "
-        f"{100 * high:+.1f} (paired bootstrap over {verdict['images']} test images, {verdict['resamples']} resamples), "
-        f"above zero in {100 * verdict['share_better']:.1f} % of them: {answer}. The interval covers test-image "
-        "sampling; the standard deviation covers seeds.\n"
+    return "".join(lines) + (
+        f"\nDifference {100 * verdict['difference']:+.1f} points, 95 % interval {100 * low:+.1f} to {100 * high:+.1f} "
+        f"(paired bootstrap over {verdict['images']} test images, {verdict['resamples']} resamples), above zero in "
+        f"{100 * verdict['share_better']:.1f} % of them: {answer}. The interval covers test-image sampling; the "
+        "standard deviation covers seeds.\n"
     )

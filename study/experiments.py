@@ -5,57 +5,44 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Experiment:
-    """One training of a model with its own flags.
-
-    `starts_from` is (flag, experiment, file): the flag gets that file from the run of another experiment of the list,
-    if it is trained too. `baseline` is the experiment whose mIoU the report subtracts. `refuses` are flags that
-    train.py does not take together with `flags`.
-    """
+    """One training of a model with its own flags."""
 
     name: str
     model: str  # folder with train.py and test.py
     flags: tuple[str, ...] = ()
-    starts_from: tuple[str, str, str] | None = None
-    baseline: str | None = None
-    refuses: tuple[str, ...] = ()
+    starts_from: tuple[str, str, str] | None = None  # a flag, and the experiment and file of a run that it gets
+    baseline: str | None = None  # experiment whose mIoU the report subtracts
+    refuses: tuple[str, ...] = ()  # flags that train.py does not take together with `flags`
 
+
+ENCODER = "reconstruction/best.pt"  # of an autoencoder's run
 
 MODELS = [
     Experiment("unet", "unet"),
     Experiment("autoencoder", "autoencoder"),
-    Experiment(
-        "autoencoder-skips", "autoencoder", ("--skips",),
-        starts_from=("--encoder", "autoencoder", "reconstruction/best.pt"),
-    ),
+    Experiment("autoencoder-skips", "autoencoder", ("--skips",), ("--encoder", "autoencoder", ENCODER)),
     Experiment("clip", "clip_seg"),
     Experiment("clip-skips", "clip_seg", ("--skips",)),
     Experiment(
-        "point-heatmap", "point_clip", ("--point-encoding", "heatmap"), starts_from=("--clip-seg", "clip", "best.pt"),
+        "point-heatmap", "point_clip", ("--point-encoding", "heatmap"), ("--clip-seg", "clip", "best.pt"),
         refuses=("--base-channels",),
     ),
     Experiment(
-        "point-disk", "point_clip", ("--point-encoding", "disk", "--skips"),
-        starts_from=("--clip-seg", "clip-skips", "best.pt"),
+        "point-disk", "point_clip", ("--point-encoding", "disk", "--skips"), ("--clip-seg", "clip-skips", "best.pt")
     ),
 ]  # fmt: skip
 
-
-def _pretraining(encoder: str) -> list[Experiment]:
-    """A frozen encoder under the report's head and under a head with skips; the second uses the first one's encoder."""
-    if encoder == "random":
-        first, shared = ("--encoder", "random"), None
-    else:
-        first, shared = ("--reconstruction-loss", encoder), ("--encoder", encoder, "reconstruction/best.pt")
-    skips = (*first, "--skips") if encoder == "random" else ("--skips",)
-    return [
-        Experiment(encoder, "autoencoder", first, baseline="random" if shared else None),
-        Experiment(f"{encoder}-skips", "autoencoder", skips, shared, baseline="random-skips" if shared else None),
-    ]
-
-
-# Does pre-training help? Encoders trained with each reconstruction loss, beside an untrained one and the U-Net.
+# Does pre-training help? Encoders trained with each reconstruction loss, beside an untrained one and the U-Net. Each
+# encoder is frozen, under the report's head and under a head with skips.
 PRETRAINING = [
-    *(experiment for encoder in ("random", "mse", "ssim", "edge") for experiment in _pretraining(encoder)),
+    Experiment("random", "autoencoder", ("--encoder", "random")),
+    Experiment("random-skips", "autoencoder", ("--encoder", "random", "--skips")),
+    Experiment("mse", "autoencoder", ("--reconstruction-loss", "mse"), baseline="random"),
+    Experiment("mse-skips", "autoencoder", ("--skips",), ("--encoder", "mse", ENCODER), "random-skips"),
+    Experiment("ssim", "autoencoder", ("--reconstruction-loss", "ssim"), baseline="random"),
+    Experiment("ssim-skips", "autoencoder", ("--skips",), ("--encoder", "ssim", ENCODER), "random-skips"),
+    Experiment("edge", "autoencoder", ("--reconstruction-loss", "edge"), baseline="random"),
+    Experiment("edge-skips", "autoencoder", ("--skips",), ("--encoder", "edge", ENCODER), "random-skips"),
     Experiment("unet", "unet"),
 ]
 

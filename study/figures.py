@@ -52,19 +52,17 @@ def plot_classes(scores: dict[str, dict[str, float | None]], order: Sequence[str
 def plot_curves(logs: dict[str, Sequence[dict[str, float]]], order: Sequence[str], title: str) -> Figure:
     """Loss and mean IoU on the validation images over the epochs, a line per run."""
     figure = Figure(figsize=(10, 4), layout="constrained")
-    axes = figure.subplots(1, 2)
-    for run, rows in logs.items():
-        color, dashes, _ = run_style(order.index(run))
-        epochs = [row["epoch"] for row in rows]
-        for axis, key, factor in ((axes[0], "val_loss", 1), (axes[1], "val_iou_mean", 100)):
-            values = [factor * row.get(key, np.nan) for row in rows]
+    losses, scores = figure.subplots(1, 2)
+    for axis, key, factor in ((losses, "val_loss", 1), (scores, "val_iou_mean", 100)):
+        for run, rows in logs.items():
+            color, dashes, _ = run_style(order.index(run))
+            epochs, values = [row["epoch"] for row in rows], [factor * row.get(key, np.nan) for row in rows]
             axis.plot(epochs, values, label=run, color=color, linestyle=dashes, marker="." if len(rows) == 1 else "")
-    axes[0].set(xlabel="epoch", ylabel="validation loss")
-    axes[1].set(xlabel="epoch", ylabel="mean IoU on validation images, %", ylim=(0, 100))
-    for axis in axes:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.25)
-    _legend_below(figure, axes[:1])
+    losses.set(xlabel="epoch", ylabel="validation loss")
+    scores.set(xlabel="epoch", ylabel="mean IoU on validation images, %", ylim=(0, 100))
+    _legend_below(figure, [losses])
     figure.suptitle(title, fontsize=8)
     return figure
 
@@ -111,5 +109,5 @@ def plot_examples(rows: Sequence[tuple[str, Any]], runs: Sequence[Run], title: s
 def _legend_below(figure: Figure, axes: Sequence[Axes]) -> None:
     """One legend for all runs in `axes`, of which not every one holds every run."""
     entries = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
-    figure.legend(entries.values(), entries, loc="outside lower center", ncols=min(4, len(entries)), frameon=False,
-                  fontsize=8)  # fmt: skip
+    style = {"loc": "outside lower center", "ncols": min(4, len(entries)), "frameon": False, "fontsize": 8}
+    figure.legend(entries.values(), entries, **style)

@@ -4,14 +4,12 @@ Tables and figures of tested runs side by side (report, tables 1 and 2). With --
 seeds of one model, are better than others: python study/report.py A/seed0 A/seed1 --against B/seed0 B/seed1
 """
 
-from __future__ import annotations
-
 import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -20,9 +18,6 @@ from study.experiments import LISTS
 from study.runs import Run, mark_differences, read_runs
 from utils.config import flag, parse, run_script
 from utils.files import InputError, format_csv, write_bytes, write_json
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # The report's tables 1 and 2: IoU, Dice and accuracy in percent, by a flawed protocol (see the README).
 REPORTED = {
@@ -57,12 +52,13 @@ def main() -> None:
         write_bytes(config.out / "comparison.md", format_comparison(verdict).encode())
         print(f"{format_comparison(verdict)}\n{config.out / 'comparison.md'}\n{config.out / 'comparison.json'}")
         return
-    examples = pick_records(runs, config.data, config.examples)
-    figures = make_figures(runs, examples)
+    figures = make_figures(runs, pick_records(runs, config.data, config.examples))
     for name, (figure, _) in figures.items():
         save_figure(figure, config.out / f"{name}.png", pdf=True)
     rows = [describe(run) for run in runs]
-    write_bytes(config.out / "runs.csv", format_runs(rows))
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = format_csv(columns, ([_cell(row.get(key), ".4f") for key in columns] for row in rows))
+    write_bytes(config.out / "runs.csv", table)
     captions = {name: caption for name, (_, caption) in figures.items()}
     write_bytes(config.out / "report.md", format_report(runs, captions).encode())
     print(format_scores(runs))
@@ -70,10 +66,10 @@ def main() -> None:
 
 
 def pick_records(runs: Sequence[Run], data: Path | None, names: Sequence[str] | None) -> list[tuple[str, Any]]:
-    """(caption, record) of the photographs to show: `names`, or best, median and worst by the mean over the runs of
-    their mean IoU; the prompted runs count only if there are no others.
+    """(caption, record) of the photographs to show: `names`, or best, median and worst by the runs' average mean IoU.
 
-    InputError when the photographs are not where they were in testing, or a name was not tested.
+    Prompted runs count only if there are no others. InputError when the photographs are not where they were in testing,
+    or a name was not tested.
     """
     from dataset.pet import find_records
     from utils.evaluation import pick_examples
@@ -86,38 +82,32 @@ def pick_records(runs: Sequence[Run], data: Path | None, names: Sequence[str] | 
         records = {record.name: record for record in find_records(folder, judges[0].metrics["config"]["split"])}
     except InputError as error:
         raise InputError(f"no photographs for the figure: {error}\nName their folder with --data.") from error
-    tested = judges[0].images
-    if missing := [name for name in (*tested, *(names or ())) if name not in records]:
-        raise InputError(
-            f"{folder} lacks {len(missing)} of the images, for example {missing[0]}. Name the right --data."
-        )
+    if missing := [name for name in (*judges[0].images, *(names or ())) if name not in records]:
+        found = f"{folder} lacks {len(missing)} of the images, for example {missing[0]}"
+        raise InputError(f"{found}. Name the right --data.")
     if names:
         return [(name, records[name]) for name in names]
+    tested = judges[0].images
     return [(f"{place}: {tested[i]}\nmean IoU {mean[i]:.2f}", records[tested[i]]) for place, i in pick_examples(mean)]
 
 
-def make_figures(runs: Sequence[Run], examples: Sequence[tuple[str, Any]]) -> dict[str, tuple[Figure, str]]:
-    """The figures with their captions, by name."""
+def make_figures(runs: Sequence[Run], examples: Sequence[tuple[str, Any]]) -> dict[str, tuple[Any, str]]:
+    """The matplotlib figures with their captions, by name."""
     from study.figures import plot_classes, plot_curves, plot_examples, plot_robustness
     from utils.evaluation import SYNTHETIC_NOTE
 
-    notes = [SYNTHETIC_NOTE] if any(run.metrics["synthetic"] for run in runs) else []
-    notes += [f"* {run.name}: {run.mark}" for run in runs if run.mark]
-    note = "; ".join(notes)
+    notes = [SYNTHETIC_NOTE] * any(run.metrics["synthetic"] for run in runs)
+    note = "; ".join([*notes, *(f"* {run.name}: {run.mark}" for run in runs if run.mark)])
     legend = {run.name: run.title + " (a click)" * run.prompted for run in runs}
     order = list(legend.values())
     figures = {}
-    for prompted, name, of in (
-        (False, "classes", ""),
-        (True, "classes-prompted", " of the models prompted by a click"),
-    ):
-        group = {legend[run.name]: run.metrics["iou"] for run in runs if run.prompted == prompted}
-        if group:
-            figures[name] = plot_classes(group, order, note), f"IoU per class{of}"
+    captions = {"classes": "IoU per class", "classes-prompted": "IoU per class of the models prompted by a click"}
+    for prompted, (name, caption) in enumerate(captions.items()):
+        if group := {legend[run.name]: run.metrics["iou"] for run in runs if run.prompted == prompted}:
+            figures[name] = plot_classes(group, order, note), caption
     logs = {legend[run.name]: run.log for run in runs}
     figures["curves"] = plot_curves(logs, order, note), "Loss and mean IoU on the validation images"
-    studies = {legend[run.name]: run.robustness["perturbations"] for run in runs if run.robustness}
-    if studies:
+    if studies := {legend[run.name]: run.robustness["perturbations"] for run in runs if run.robustness}:
         figures["robustness"] = plot_robustness(studies, order, note), "Mean Dice under the perturbations"
     shown = plot_examples(examples, [run for run in runs if not run.mark], note)
     figures["predictions"] = shown, "Test images with the masks of every run"
@@ -129,25 +119,19 @@ def describe(run: Run) -> dict[str, Any]:
     metrics, environment = run.metrics, run.metrics["environment"]
     # The report's models had neither skips nor the disk encoding.
     other = run.config.get("skips") or run.config.get("point_encoding") == "disk"
-    reported = ("", "", "") if other else REPORTED.get(metrics["model"], ("", "", ""))
+    reported = None if other else REPORTED.get(metrics["model"])
     row: dict[str, Any] = {"run": run.title, "model": metrics["model"]}
     row |= {kind: 100 * metrics[kind]["mean"] for kind in SCORES}
-    row |= {f"report_{kind}": value for kind, value in zip(SCORES, reported)}
+    row |= {f"report_{kind}": value for kind, value in zip(SCORES, reported or ("", "", ""))}
     row |= {f"iou_{label}": value and 100 * value for label, value in metrics["iou"].items() if label != "mean"}
     row |= run.reconstruction["mean"]["autoencoder"] if run.reconstruction else {}  # psnr and ssim
     return row | {
         "pixel_accuracy": 100 * metrics["pixel_accuracy"],
         "baseline": metrics["baseline"]["name"],
         "baseline_iou": 100 * metrics["baseline"]["iou"]["mean"],
-        "parameters": metrics["parameters"],
-        "trained_parameters": metrics["trained_parameters"],
-        "images_per_second": metrics["images_per_second"],
-        "epoch": metrics["epoch"],
+        **{key: metrics[key] for key in ("parameters", "trained_parameters", "images_per_second", "epoch")},
         "epochs": len(run.log),
-        "seed": metrics["seed"],
-        "image_size": metrics["image_size"],
-        "score_size": metrics["score_size"],
-        "images": metrics["images"],
+        **{key: metrics[key] for key in ("seed", "image_size", "score_size", "images")},
         "data": Path(metrics["config"]["data"]).name + (" (synthetic)" if metrics["synthetic"] else ""),
         "split": metrics["config"]["split"],
         "commit": run.config.get("environment", {}).get("commit") or "",
@@ -156,22 +140,13 @@ def describe(run: Run) -> dict[str, Any]:
     }
 
 
-def format_runs(rows: Sequence[dict[str, Any]]) -> bytes:
-    """runs.csv: a row per run, with the columns of all of them."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    return format_csv(columns, ([_cell(row.get(key), ".4f") for key in columns] for row in rows))
-
-
 def format_scores(runs: Sequence[Run]) -> str:
     """The report's table 1 (segmenters) and table 2 (prompted models), with its numbers beside ours, as Markdown."""
     parts = []
     for number, prompted in ((1, False), (2, True)):
-        rows = [describe(run) for run in runs if run.prompted == prompted]
-        if rows:
-            labels = [key for key in rows[0] if key.startswith("iou_")]
+        if rows := [describe(run) for run in runs if run.prompted == prompted]:
             heads = {
-                "run": "run", "iou": "mIoU", "dice": "Dice", "accuracy": "accuracy",
-                **{label: f"IoU {label.removeprefix('iou_')}" for label in labels},
+                "run": "run", "iou": "mIoU", "dice": "Dice", "accuracy": "accuracy", **_class_heads(rows[0]),
                 "pixel_accuracy": "pixel accuracy", "baseline_iou": f"baseline mIoU ({rows[0]['baseline']})",
                 "report_iou": "report: IoU", "report_dice": "Dice", "report_accuracy": "accuracy",
             }  # fmt: skip
@@ -183,29 +158,31 @@ def format_scores(runs: Sequence[Run]) -> str:
 
 
 def format_seeds(rows: Sequence[dict[str, Any]]) -> str:
-    """A Markdown row per experiment, of rows of runs.csv: mean ± standard deviation over its seeds.
+    """A Markdown row per experiment, of rows of runs.csv: mean ± standard deviation over its seeds, "" if all have one.
 
-    The gain is the difference in mIoU to the experiment's baseline with the same seed (study/experiments.py). Empty
-    when no experiment has several seeds.
+    The gain is the difference in mIoU to the experiment's baseline with the same seed (study/experiments.py).
     """
+    labels = _class_heads(rows[0])
+    forms = {"iou": ".1f", **dict.fromkeys(labels, ".1f"), "psnr": ".1f", "ssim": ".3f"}
     groups: dict[str, dict[str, dict[str, float]]] = {}
     for row in rows:
-        numbers = {key: float(row[key]) for key in row if key in ("iou", "psnr", "ssim") or key.startswith("iou_")
-                   if row[key] not in (None, "")}  # fmt: skip
+        numbers = {key: float(row[key]) for key in forms if row.get(key) not in (None, "")}
         groups.setdefault(row["run"].split("/")[-1], {})[row["seed"]] = numbers
     if all(len(seeds) == 1 for seeds in groups.values()):
         return ""
-    labels = [key for key in rows[0] if key.startswith("iou_")]
-    heads = ["experiment", "mIoU", "gain", "over", *(f"IoU {label.removeprefix('iou_')}" for label in labels)]
-    forms = {"iou": ".1f", **dict.fromkeys(labels, ".1f"), "psnr": ".1f", "ssim": ".3f"}
-    lines = [f"| {' | '.join([*heads, 'PSNR, dB', 'SSIM'])} |", f"|{'---|' * (len(heads) + 2)}"]
+    table = []
     for name, seeds in groups.items():
         cells = {key: _spread([one[key] for one in seeds.values() if key in one], form) for key, form in forms.items()}
         base = groups.get(BASELINES.get(name, ""), {})
         gain = _spread([one["iou"] - base[seed]["iou"] for seed, one in seeds.items() if seed in base], "+.1f")
-        over = BASELINES[name] if gain else ""
-        lines.append(f"| {' | '.join([name, cells.pop('iou'), gain, over, *cells.values()])} |")
-    return "\n".join(lines) + "\n"
+        table.append({"name": name, "gain": gain, "over": BASELINES[name] if gain else "", **cells})
+    heads = {"name": "experiment", "iou": "mIoU", "gain": "gain", "over": "over", **labels}
+    return _table(table, {**heads, "psnr": "PSNR, dB", "ssim": "SSIM"})
+
+
+def _class_heads(row: dict[str, Any]) -> dict[str, str]:
+    """Table heads of the IoU per class, by column of runs.csv."""
+    return {key: f"IoU {key.removeprefix('iou_')}" for key in row if key.startswith("iou_")}
 
 
 def _spread(values: Sequence[float], form: str) -> str:
@@ -230,8 +207,7 @@ def format_report(runs: Sequence[Run], figures: dict[str, str]) -> str:
         "data": "data: images", "commit": "commit", "hardware": "hardware",
     }  # fmt: skip
     parts.append("Settings:\n\n" + _table(rows, heads))
-    perturbed = [run for run in runs if run.robustness]
-    if perturbed:
+    if perturbed := [run for run in runs if run.robustness]:
         parts.append("Mean Dice at the last level, in percent of the clean one:\n\n" + format_retained(perturbed))
     parts += [f"\\* {run.name}: {run.mark}." for run in runs if run.mark]
     if any(run.metrics["synthetic"] for run in runs):
@@ -241,10 +217,8 @@ def format_report(runs: Sequence[Run], figures: dict[str, str]) -> str:
 
 
 def format_retained(runs: Sequence[Run]) -> str:
-    """A Markdown row per run: its mean Dice at the last level of each perturbation, in percent of the clean one.
-
-    The mean is over the perturbations that all runs have.
-    """
+    """A Markdown row per run: its mean Dice at the last level of each perturbation, in percent of the clean one, and
+    their mean over the perturbations that all runs have."""
     retained = {
         run.title: {name: 100 * entry["retained_last"] for name, entry in run.robustness["perturbations"].items()}
         for run in runs

@@ -5,6 +5,7 @@ train.py that has them. Started again with the same flags, it continues where it
 """
 
 import importlib
+import itertools
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,7 +20,6 @@ from study.experiments import LISTS, Experiment
 from utils.config import RESUMABLE, Terminated, as_plain_dict, flag, flag_name, parse, run_script
 from utils.files import InputError, read_json
 
-SHARED_WITH_TEST = ("--workers", "--device")  # flags of the trainings that test.py gets, too
 SET_BY_STUDY = {"--data", "--out", "--seed", "--resume"}  # flags of the trainings that differ from run to run
 
 
@@ -65,20 +65,21 @@ def main() -> None:
         refuse_other_settings(run)
     execute(["dataset/dataset_prep.py", config.data, *(["--synthetic", config.synthetic] if config.synthetic else [])])
     check_clip([run for run in runs if not run.is_tested(config.perturb)])
-    states = {True: "finished", False: "to do"}
-    lines = [f"  {run.folder}: {states[run.is_tested(config.perturb)]}, {run.config.epochs} epochs" for run in runs]
-    print("\n".join([f"study of {len(runs)} runs", *lines]), flush=True)
+    print(f"study of {len(runs)} runs")
+    for run in runs:
+        state = "finished" if run.is_tested(config.perturb) else "to do"
+        print(f"  {run.folder}: {state}, {run.config.epochs} epochs", flush=True)
     execute(["dataset/exploration.py", config.data, "--out", config.out / "exploration"])
-    shared = [part for name in SHARED_WITH_TEST for part in passed.get(name, [])]
+    shared = [part for name in ("--workers", "--device") for part in passed.get(name, [])]
     test_flags = ["--data", config.data, *shared, *["--perturb"] * config.perturb]
     for number, run in enumerate(runs, start=1):
         print(f"--- {number} of {len(runs)}: {run.folder}", flush=True)
         if not run.is_tested(config.perturb):
-            resume = ["--resume"] if (run.folder / "config.json").exists() else []
+            resume = ["--resume"] * (run.folder / "config.json").exists()
             execute([f"{run.experiment.model}/train.py", *run.flags, *resume])
             execute([f"{run.experiment.model}/test.py", "--checkpoint", run.checkpoint, *test_flags])
-    folders = [run.folder for run in runs]
-    execute(["study/report.py", *folders, "--out", config.results or config.out / "report", "--data", config.data])
+    out = config.results or config.out / "report"
+    execute(["study/report.py", *(run.folder for run in runs), "--out", out, "--data", config.data])
 
 
 def group_flags(arguments: Sequence[str]) -> dict[str, list[str]]:
@@ -96,49 +97,43 @@ def group_flags(arguments: Sequence[str]) -> dict[str, list[str]]:
 
 def plan(config: Config, passed: dict[str, list[str]]) -> list[Planned]:
     """Every run, in order. Bad values end the script as they do in train.py; InputError for an unknown name or flag."""
-    experiments = LISTS[config.experiments]
-    names = [experiment.name for experiment in experiments]
-    if unknown := set(config.only or []) - set(names):
-        raise InputError(f"--only {' '.join(sorted(unknown))}: there are {', '.join(names)}")
-    chosen = [experiment for experiment in experiments if not config.only or experiment.name in config.only]
-    scripts = {model: importlib.import_module(f"{model}.train") for model in {one.model for one in chosen}}
-    known = {model: {flag_name(field.name) for field in fields(module.Config)} for model, module in scripts.items()}
+    experiments = {experiment.name: experiment for experiment in LISTS[config.experiments]}
+    if unknown := set(config.only or []) - set(experiments):
+        raise InputError(f"--only {' '.join(sorted(unknown))}: there are {', '.join(experiments)}")
+    chosen = [experiment for name, experiment in experiments.items() if not config.only or name in config.only]
+    scripts = {one.model: importlib.import_module(f"{one.model}.train") for one in chosen}
+    known = {model: {flag_name(field.name) for field in fields(script.Config)} for model, script in scripts.items()}
     if fixed := SET_BY_STUDY & set(passed):
         raise InputError(f"{' '.join(sorted(fixed))} after --: the study sets it for each run, see study/run.py --help")
     if unknown := set(passed) - set().union(*known.values()):
         raise InputError(f"{' '.join(sorted(unknown))}: no train.py of this study has such a flag")
     runs = []
-    for seed in range(config.seeds):
-        for experiment in chosen:
-            folder, script = config.out / f"seed{seed}" / experiment.name, scripts[experiment.model]
-            flags = ["--data", str(config.data), "--out", str(folder), "--seed", str(seed), *experiment.flags]
-            takes = known[experiment.model] - set(experiment.refuses)
-            flags += [part for name, group in passed.items() if name in takes for part in group]
-            if experiment.starts_from and experiment.starts_from[1] in {one.name for one in chosen}:
-                option, other, file = experiment.starts_from
-                flags += [option, str(folder.with_name(other) / file)]
-            runs.append(Planned(experiment, folder, flags, parse(script.Config, script.__doc__, flags)))
+    for seed, experiment in itertools.product(range(config.seeds), chosen):
+        folder, script = config.out / f"seed{seed}" / experiment.name, scripts[experiment.model]
+        flags = ["--data", str(config.data), "--out", str(folder), "--seed", str(seed), *experiment.flags]
+        takes = known[experiment.model] - set(experiment.refuses)
+        flags += [part for name, group in passed.items() if name in takes for part in group]
+        if experiment.starts_from and experiment.starts_from[1] in {one.name for one in chosen}:
+            option, other, file = experiment.starts_from
+            flags += [option, str(folder.with_name(other) / file)]
+        runs.append(Planned(experiment, folder, flags, parse(script.Config, script.__doc__, flags)))
     return runs
 
 
 def refuse_other_settings(run: Planned) -> None:
     """InputError when a run has begun with other settings; the number of workers, the device and such may change."""
-    path = run.folder / "config.json"
-    if path.exists():
-        saved, now = read_json(path), as_plain_dict(run.config)
-        free = RESUMABLE - {"epochs", "patience"}
-        changed = [name for name in now if name not in free and saved.get(name) != now[name]]
-        if changed:
-            lines = [f"  {flag_name(name)} was {saved.get(name)}, is {now[name]}" for name in changed]
-            raise InputError(
-                f"{path} has other settings:\n" + "\n".join(lines) + "\nUse the same, or another --out for the study."
-            )
+    path, now = run.folder / "config.json", as_plain_dict(run.config)
+    saved = read_json(path) if path.exists() else now
+    fixed = [name for name in now if name not in RESUMABLE - {"epochs", "patience"}]
+    changed = [name for name in fixed if saved.get(name) != now[name]]
+    if changed:
+        lines = "\n".join(f"  {flag_name(name)} was {saved.get(name)}, is {now[name]}" for name in changed)
+        raise InputError(f"{path} has other settings:\n{lines}\nUse the same, or another --out for the study.")
 
 
 def check_clip(runs: Sequence[Planned]) -> None:
     """InputError before hours of other work when the CLIP weights that a run needs are missing."""
-    clip_runs = [run.config for run in runs if hasattr(run.config, "clip_model")]
-    for clip_model in {config.clip_model for config in clip_runs if not config.clip_random_init}:
+    for clip_model in {run.config.clip_model for run in runs if not getattr(run.config, "clip_random_init", True)}:
         from clip_seg.weights import load_vision
 
         load_vision(clip_model)

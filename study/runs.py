@@ -1,6 +1,5 @@
 """Folders of tested runs: read them, and mark scores that cannot be compared."""
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,53 +45,41 @@ class Run:
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
     """Runs by their folders, named by the shortest distinct ends of their paths. InputError for an untested one."""
-    named = [folder.absolute() for folder in folders]
-    named = [path.parent if path.name == "segmentation" else path for path in named]
+    named = [path.parent if path.name == "segmentation" else path for path in map(Path.absolute, folders)]
     if len(set(named)) < len(named):
         raise InputError("the same run was given twice")
     depth = 1
     while len({path.parts[-depth:] for path in named}) < len(named):
         depth += 1
-    return [read_run("/".join(path.parts[-depth:]), stage_folder(path)) for path in named]
-
-
-def stage_folder(folder: Path) -> Path:
-    """The folder of a run that holds the segmentation: the autoencoder's is a subfolder."""
-    from models import MODELS
-
-    stages = [(folder / model.checkpoint).parent for model in MODELS.values()]
-    return next((stage for stage in stages if (stage / "log.csv").exists()), folder)
+    return [read_run("/".join(path.parts[-depth:]), path) for path in named]
 
 
 def read_run(name: str, folder: Path) -> Run:
     """One run. InputError when its folder has no scores, or a file of them is missing."""
+    from models import MODELS  # imports torch
+
+    stages = [(folder / model.checkpoint).parent for model in MODELS.values()]  # the autoencoder's is a subfolder
+    folder = next((stage for stage in stages if (stage / "log.csv").exists()), folder)
     test = folder / "test"
     for path in (folder / "config.json", folder / "log.csv", test / "metrics.json", test / "images.csv"):
         if not path.is_file():
             problem = "is not a run" if path.parent == folder else "has no scores"
             raise InputError(f"{folder} {problem}: {path} is missing. Train it, then score it with its model's test.py")
     metrics = read_json(test / "metrics.json")
-    with (test / "images.csv").open(newline="", encoding="utf-8") as file:
-        _, *rows = csv.reader(file)
+    rows = [list(row.values()) for row in read_csv(test / "images.csv")]
     classes = len(metrics["iou"]) - 1  # without the mean
-    log = [
-        {key: float(value) if value else float("nan") for key, value in row.items()}
-        for row in read_csv(folder / "log.csv")
-    ]
-    optional = [test / "robustness.json", test / "reconstruction.json"]
-    robustness, reconstruction = (read_json(path) if path.is_file() else None for path in optional)
     return Run(
-        name,
-        folder,
-        read_json(folder / "config.json"),
-        log,
-        metrics,
+        name=name,
+        folder=folder,
+        config=read_json(folder / "config.json"),
+        log=[{key: float(value or "nan") for key, value in row.items()} for row in read_csv(folder / "log.csv")],
+        metrics=metrics,
         images=[row[0] for row in rows],
         labels=[row[1] for row in rows],
         image_iou=[float(row[2]) for row in rows],
         counts=np.array([row[3:] for row in rows], np.int64).reshape(len(rows), classes, classes),
-        robustness=robustness,
-        reconstruction=reconstruction,
+        robustness=read_json(test / "robustness.json") if (test / "robustness.json").is_file() else None,
+        reconstruction=read_json(test / "reconstruction.json") if (test / "reconstruction.json").is_file() else None,
     )
 
 
@@ -113,9 +100,7 @@ def mark_differences(runs: Sequence[Run], *, allowed: bool) -> None:
         elif run.robustness and first.robustness and run.metrics["image_size"] != first.metrics["image_size"]:
             sizes = f"{run.metrics['image_size']} pixels, {first.name} at {first.metrics['image_size']}"
             run.mark = f"perturbed at {sizes}, where an occlusion or blur has another relative size"
-    marked = [f"  {run.name}: {run.mark}" for run in runs if run.mark]
+    marked = "\n".join(f"  {run.name}: {run.mark}" for run in runs if run.mark)
     if marked and not allowed:
-        raise InputError(
-            "these scores cannot be compared:\n" + "\n".join(marked)
-            + "\nScore the runs in the same way with test.py, or add --mixed to put them side by side anyway."
-        )  # fmt: skip
+        hint = "Score the runs in the same way with test.py, or add --mixed to put them side by side anyway."
+        raise InputError(f"these scores cannot be compared:\n{marked}\n{hint}")

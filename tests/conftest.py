@@ -15,9 +15,12 @@ import torch
 from hypothesis import settings
 
 from tests.helpers import TINY, TINY_CLIP, succeed
+from tests.launcher import share_no_progress_lock
 
 settings.register_profile("tests", deadline=None)  # a busy machine is not a failure
 settings.load_profile("tests")
+if hasattr(os, "fork"):
+    share_no_progress_lock()
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 
 

@@ -13,6 +13,9 @@ import os
 import runpy
 import signal
 import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 HEAVY = (
@@ -21,11 +24,19 @@ HEAVY = (
 )  # fmt: skip
 
 
+def share_no_progress_lock() -> None:
+    """Give every fork its own lock for progress bars: forks share tqdm's, and a killed one never releases it."""
+    from tqdm import tqdm
+
+    os.register_at_fork(after_in_child=lambda: tqdm.set_lock(threading.RLock()))
+
+
 def serve() -> dict[str, Any]:
     """Answer requests until stdin ends. Returns in a fork, with the request that it has to run."""
     os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
     for name in HEAVY:
         importlib.import_module(name)
+    share_no_progress_lock()
     gc.freeze()  # else each fork would copy most of the memory when it collects garbage, which takes seconds
     for line in sys.stdin:
         request = json.loads(line)
@@ -43,10 +54,8 @@ def serve() -> dict[str, Any]:
             if codes[child]:  # as torchrun does
                 for other in children:
                     if other != child:
-                        try:
+                        with suppress(ProcessLookupError):
                             os.kill(other, signal.SIGTERM)
-                        except ProcessLookupError:
-                            pass
         print(json.dumps(list(codes.values())), flush=True)
     os._exit(0)
 
@@ -64,5 +73,5 @@ if __name__ == "__main__":
         sys.path[0] = request["cwd"]
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
     else:
-        sys.path[0] = os.path.dirname(sys.argv[0])
+        sys.path[0] = str(Path(sys.argv[0]).parent)
         runpy.run_path(sys.argv[0], run_name="__main__")

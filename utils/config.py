@@ -5,6 +5,7 @@ This file imports nothing heavy, so that every script answers `--help` immediate
 
 import argparse
 import dataclasses
+import json
 import logging
 import math
 import os
@@ -13,7 +14,7 @@ import signal
 import sys
 import types
 import typing
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -35,8 +36,7 @@ WORKERS = min(8, max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD
 def flag(default: Any, help: str, *, low: float = -math.inf, high: float = math.inf, **metadata: Any) -> Any:
     """A dataclass field that is a flag: `low` and `high` are the smallest and largest value allowed.
 
-    `parse` is a function from text to value; `positional=True` makes it an argument without a dash; `removed` says what
-    to use instead of a value of earlier versions.
+    `parse` turns text into a value; `positional=True` omits the dashes; `removed` says what replaces former values.
     """
     return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, **metadata})
 
@@ -45,20 +45,15 @@ def number_or(word: str) -> Callable[[str], str | int]:
     """A `parse` function for `word` or a positive whole number."""
 
     def read(text: str) -> str | int:
-        if text == word:
-            return text
-        if not text.isdigit() or int(text) < 1:
+        if text != word and (not text.isdigit() or int(text) < 1):
             raise argparse.ArgumentTypeError(f"expected {word!r} or a positive number, got {text!r}")
-        return int(text)
+        return text if text == word else int(text)
 
     return read
 
 
 def weighted_sum(text: str, names: Collection[str]) -> dict[str, float]:
-    """The weight of each term of a weighted sum such as "mse+0.5*ssim"; its terms are among `names`, each at most once.
-
-    argparse's error for anything else.
-    """
+    """The weight of each term of a sum such as "mse+0.5*ssim" of distinct `names`; argparse's error if it is none."""
     terms: dict[str, float] = {}
     for part in text.split("+"):
         match = re.fullmatch(r"(?:(\d*\.?\d+)\*)?([\w-]+)", part)
@@ -156,10 +151,8 @@ class TestConfig:
     @property
     def results(self) -> Path:
         """The folder for the results."""
-        if self.out:
-            return self.out
         test = self.checkpoint.parent / ("test" if self.split == "Test" else f"test_{self.split}")
-        return test / "images" if self.images else test
+        return self.out or (test / "images" if self.images else test)
 
 
 def parse(config_class: type[Config], doc: str, argv: list[str] | None = None) -> Config:
@@ -168,12 +161,8 @@ def parse(config_class: type[Config], doc: str, argv: list[str] | None = None) -
     With `--resume`, flags that were not given are read from the config.json of the run. InputError when there is no run
     to resume, or a given flag would change what the run learns.
     """
-    parser = argparse.ArgumentParser(
-        description=doc,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
+    parser = argparse.ArgumentParser(description=doc, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         _add_argument(parser, field, hints[field.name])
@@ -191,8 +180,7 @@ def parse(config_class: type[Config], doc: str, argv: list[str] | None = None) -
     if not (out / "config.json").is_file():
         raise InputError(f"--resume: {out} holds no run. Leave out --resume to start one.")
     saved = restore_fields(config_class, read_json(out / "config.json"), source=out / "config.json")
-    changed = [name for name in given if name not in RESUMABLE and given[name] != saved[name]]
-    if changed:
+    if changed := [name for name in given if name not in RESUMABLE and given[name] != saved[name]]:
         lines = "\n".join(f"  {flag_name(name)} is {saved[name]} in the run, got {given[name]}" for name in changed)
         hint = "Leave these flags out, or start a new run with another --out."
         raise InputError(f"--resume: {out} was started with other settings:\n{lines}\n{hint}")
@@ -200,31 +188,22 @@ def parse(config_class: type[Config], doc: str, argv: list[str] | None = None) -
 
 
 def as_plain_dict(config: Any) -> dict:
-    """The config as JSON types."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, list):
-            return [plain(item) for item in value]
-        return str(value) if isinstance(value, Path) else value
-
-    return {name: plain(value) for name, value in dataclasses.asdict(config).items()}
+    """The config as JSON types; paths become strings."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=os.fspath))
 
 
 def restore_fields(config_class: type, values: dict, *, source: Path) -> dict:
     """Undo `as_plain_dict`: field values by name. InputError when `source` is the config of another script."""
-    hints = typing.get_type_hints(config_class)
-    fields = {field.name for field in dataclasses.fields(config_class)}
+    hints = typing.get_type_hints(config_class)  # of all fields
     if "accumulate" in values:  # its batch size was that of one process
-        hint = "it cannot be resumed, but tested; start a new run with another --out"
-        raise InputError(f"{source} is of an earlier version: {hint}")
-    if fields - {"resume"} - set(values):
-        missing = ", ".join(sorted(fields - set(values)))
-        raise InputError(f"{source} belongs to another model or version (no {missing}); use another --out")
-    restored = {name: values[name] for name in fields if name in values}
-    return {
-        name: Path(value) if isinstance(value, str) and Path in (hints[name], *typing.get_args(hints[name])) else value
-        for name, value in restored.items()
-    }
+        raise InputError(f"{source} is of an earlier version: test it, or start a new run with another --out")
+    missing = hints.keys() - values.keys()
+    if missing - {"resume"}:
+        names = ", ".join(sorted(missing))
+        raise InputError(f"{source} belongs to another model or version (no {names}); use another --out")
+    restored = {name: values[name] for name in hints.keys() & values.keys()}
+    paths = {name for name, hint in hints.items() if Path in (hint, *typing.get_args(hint))}
+    return restored | {name: Path(restored[name]) for name in paths if isinstance(restored.get(name), str)}
 
 
 class Terminated(KeyboardInterrupt):
@@ -251,12 +230,10 @@ def run_script(main: Callable[[], int | None]) -> None:
         if distributed := sys.modules.get("utils.distributed"):  # only scripts that train or test import it, and torch
             distributed.destroy_distributed()
         sys.exit(code)
-    except Terminated:
-        print("\nterminated", file=sys.stderr)
-        sys.exit(143)
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        word, code = ("terminated", 143) if isinstance(stop, Terminated) else ("stopped", 130)
+        print(f"\n{word}", file=sys.stderr)
+        sys.exit(code)
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
     except RuntimeError as error:
@@ -301,15 +278,16 @@ def describe_flag(field: dataclasses.Field) -> str:
 
 
 def _checked(kind: type, metadata: Any) -> Callable[[str], Any]:
+    low, high = metadata["low"], metadata["high"]
+
     def read(text: str) -> Any:
         if text in metadata.get("removed", {}):
             raise argparse.ArgumentTypeError(f"{text} no longer exists: {metadata['removed'][text]}")
         value = kind(text)
         if isinstance(value, float) and not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"expected a finite number, got {text}")
-        if isinstance(value, int | float) and not metadata["low"] <= value <= metadata["high"]:
-            bounds: Sequence[str] = [f"at least {metadata['low']}"] if metadata["low"] > -math.inf else []
-            bounds = [*bounds, *([f"at most {metadata['high']}"] if metadata["high"] < math.inf else [])]
+        if isinstance(value, int | float) and not low <= value <= high:
+            bounds = [f"{side} {edge}" for side, edge in (("at least", low), ("at most", high)) if math.isfinite(edge)]
             raise argparse.ArgumentTypeError(f"expected {' and '.join(bounds)}, got {text}")
         return value
 

@@ -7,6 +7,7 @@ data set or the checkpoint.
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -39,8 +40,7 @@ class ClassRow:
 class ClassTable:
     """Classes 0, 1, ... in order, and the look of ignored pixels (value 255). Class 0 is the background.
 
-    InputError when two rows share a name, a color or a tint, or a row has no line style: each of these would make
-    classes indistinguishable in a label file or a figure.
+    InputError when two rows share a name, color or tint, or one has no line style: files or figures would confuse them.
     """
 
     rows: tuple[ClassRow, ...]
@@ -76,11 +76,7 @@ class ClassTable:
 
     def as_plain_dict(self) -> dict[str, Any]:
         """Lists, strings and numbers only, for checkpoints and JSON."""
-
-        def plain(row: ClassRow) -> dict[str, Any]:
-            return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(row).items()}
-
-        return {"rows": [plain(row) for row in self.rows], "ignored": plain(self.ignored)}
+        return json.loads(json.dumps(dataclasses.asdict(self)))  # tuples become lists
 
     @classmethod
     def from_plain_dict(cls, plain: dict[str, Any]) -> ClassTable:
@@ -111,30 +107,25 @@ class ClassTable:
         return tuple((self.tints[value] / 255).tolist())
 
     def decode_label(self, label: Image.Image) -> np.ndarray:
-        """Classes (H, W) uint8, or 255, of a label saved as an indexed, grey or RGB picture.
-
-        InputError lists the pixel values that belong to no class.
-        """
+        """Classes (H, W) uint8 of an indexed, grey or RGB label. InputError lists values that belong to no class."""
+        if label.mode not in ("RGB", "RGBA", "L", "P"):
+            raise InputError(f"a label must be an indexed, grey or RGB picture, got mode {label.mode}")
+        pixels = np.asarray(label.convert("RGB") if label.mode == "RGBA" else label)
+        by_value = {value: value for value in self.values}
         if label.mode in ("RGB", "RGBA"):
-            pixels = np.asarray(label.convert("RGB"))
             classes = self._match_colors(pixels)
         elif label.mode == "L":
-            pixels = np.asarray(label)
             # A label with palette that was saved as grey has the luma of its colors: (128, 0, 0) becomes 38.
             luma = {round(float(self.palette[value] @ (0.299, 0.587, 0.114))): value for value in self.values}
-            classes = _lookup_table({**luma, **{value: value for value in self.values}})[pixels]
-        elif label.mode == "P":
+            classes = _lookup_table(luma | by_value)[pixels]
+        else:
             # By color if every color belongs to a class, because programs that save RGB labels as indexed pictures
             # assign new indices; by index with any other palette.
-            pixels = np.asarray(label)
-            palette = np.zeros((256, 3), np.uint8)
             entries = np.array(label.getpalette("RGB"), np.uint8).reshape(-1, 3)
-            palette[: len(entries)] = entries
+            palette = np.pad(entries, ((0, 256 - len(entries)), (0, 0)))
             classes = self._match_colors(palette)[pixels]
             if (classes == _UNKNOWN).any():
-                classes = _lookup_table({value: value for value in self.values})[pixels]
-        else:
-            raise InputError(f"a label must be an indexed, grey or RGB picture, got mode {label.mode}")
+                classes = _lookup_table(by_value)[pixels]
         _check_known(classes, pixels)
         return classes
 

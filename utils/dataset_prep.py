@@ -25,19 +25,13 @@ def random_pixel(where: np.ndarray, rng: np.random.Generator) -> tuple[int, int]
 
 
 def sample_points(classes: np.ndarray, class_table: ClassTable, rng: np.random.Generator) -> list[tuple[str, int, int]]:
-    """One random point (class name, x, y) in each class that `classes` (H, W) holds, never on the boundary.
-
-    x and y are pixels, origin top left.
-    """
+    """One random point (class name, x, y), in pixels, origin top left, in each class that `classes` (H, W) holds."""
     sampled = [(name, random_pixel(classes == value, rng)) for value, name in enumerate(class_table.names)]
     return [(name, *point) for name, point in sampled if point is not None]
 
 
 def gaussian_heatmaps(points: Tensor, height: int, width: int) -> Tensor:
-    """Heatmaps (N, height, width) of points (N, 2), x and y in pixels: Gaussians with maximum 1 at the point.
-
-    Their standard deviation is 10 pixels at 256 (report section 9), in proportion along each edge.
-    """
+    """Gaussians (N, height, width) at points (N, 2), (x, y) in pixels: maximum 1, standard deviation SIGMA * edge."""
     import torch
 
     x, y = points[:, 0, None, None], points[:, 1, None, None]

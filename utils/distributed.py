@@ -16,10 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of `--device`; "auto" is CUDA, else Apple's MPS, else the CPU.
-
-    InputError when the machine does not have it, or has fewer devices than processes were started.
-    """
+    """The device of `--device` ("auto": CUDA, else Apple's MPS, else the CPU). InputError if there are too few."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(device for device, present in available.items() if present)

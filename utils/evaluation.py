@@ -33,14 +33,11 @@ SYNTHETIC_NOTE = "synthetic drawings: scores are not comparable to any benchmark
 
 
 class ImagePrediction(NamedTuple):
-    """Predictions and targets of one image, classes (K, H, W) at the label's size: K = 1, or one per click.
-
-    Each mask is saved as NAME + suffix + ".png".
-    """
+    """Predictions and targets of one image, classes (K, H, W) at the label's size: K = 1, or one per click."""
 
     masks: Tensor
     targets: Tensor
-    suffixes: Sequence[str] = ("",)
+    suffixes: Sequence[str] = ("",)  # each mask is saved as NAME + suffix + ".png"
 
 
 # Takes a batch on the device: `image` float (B, 3, H, W), `label`, `name`, and `perturbation` (None: clean images).
@@ -51,9 +48,8 @@ def predict_classes(model: nn.Module) -> PredictBatch:
     """Predictions of a segmenter. The logits are resized to the label's size, not the label."""
 
     def predict(batch: dict[str, Any]) -> Iterator[ImagePrediction]:
-        logits = model(batch["image"])
-        for image_logits, label in zip(logits, batch["label"]):
-            yield ImagePrediction(logits_to_classes(resize_logits(image_logits[None], label.shape)), label[None])
+        for logits, label in zip(model(batch["image"]), batch["label"]):
+            yield ImagePrediction(logits_to_classes(resize_logits(logits[None], label.shape)), label[None])
 
     return predict
 
@@ -94,11 +90,9 @@ class Evaluation:
     def images_csv(self) -> bytes:
         """A row per clean image: its mean IoU, the checksum of its label, and its pixels by truth/prediction."""
         pairs = [f"{truth}/{prediction}" for truth in self.class_table.names for prediction in self.class_table.names]
-        rows = zip(self.names, self.labels, self.image_iou, self.counts[:, 0])
-        return format_csv(
-            ["name", "label", "iou", *pairs],
-            [[name, f"{label:08x}", f"{iou:.4f}", *counts.flatten().tolist()] for name, label, iou, counts in rows],
-        )
+        images = zip(self.names, self.labels, self.image_iou, self.counts[:, 0])
+        rows = [[name, f"{label:08x}", f"{iou:.4f}", *counts.flatten().tolist()] for name, label, iou, counts in images]
+        return format_csv(["name", "label", "iou", *pairs], rows)
 
 
 @torch.inference_mode()
@@ -115,9 +109,8 @@ def evaluate(
     """Count predictions against targets for every image of `test_set`, clean and under its perturbations.
 
     Each image is loaded once. The targets have the classes of `class_table` (default: the data set's). With `masks` the
-    predictions of the clean images are written there. Every rank returns the counts of all images.
-
-    The data set has `names`, `class_table` and `perturbations`; its items `image`, `label`, `name` and `noise/*`.
+    predictions of the clean images are written there. Every rank returns the counts of all images. The data set has
+    `names`, `class_table` and `perturbations`; its items have `image`, `label`, `name` and `noise/*`.
     """
     names, variants, began = test_set.names, list_variants(test_set.perturbations), time.perf_counter()
     if len(names) < world_size():
@@ -128,8 +121,8 @@ def evaluate(
     checksums = torch.zeros(len(names), dtype=torch.int64)
     index_of = {name: index for index, name in enumerate(names)}
     loader = make_loader(test_set, EpochBatchSampler(len(names), batch_size * world_size(), shuffle=False), workers)
-    options = {"unit": "image", "leave": False, "disable": rank() != 0}
-    with tqdm(total=counts[..., 0, 0].numel(), desc="test", **options) as bar, ThreadPoolExecutor() as pool:
+    bar = tqdm(total=len(names) * len(variants), desc="test", unit="image", leave=False, disable=rank() != 0)
+    with bar, ThreadPoolExecutor() as pool:
         for batch in loader:
             indices = [index_of[name] for name in batch["name"]]
             checksums[indices] = torch.tensor([zlib.crc32(label) for label in batch["label"]])
@@ -137,8 +130,8 @@ def evaluate(
             batch |= {key: batch[key].to(device) for key in batch if key == "image" or key.startswith("noise/")}
             for number, variant in enumerate(variants):
                 perturbation = variant.perturbation and variant.perturbation.name
-                inputs = {"image": variant.apply(batch), "name": batch["name"], "label": batch["label"]}
-                predictions = list(predict_batch(prepare_batch(inputs, device) | {"perturbation": perturbation}))
+                inputs = {**batch, "image": variant.apply(batch), "perturbation": perturbation}
+                predictions = list(predict_batch(prepare_batch(inputs, device)))
                 tables = [count_confusion(one.masks, one.targets, size) for one in predictions]
                 counts[indices, number] = torch.stack(tables).cpu()
                 if masks and variant.perturbation is None:
@@ -147,7 +140,7 @@ def evaluate(
                         for name, prediction in zip(batch["name"], predictions)
                         for suffix, mask in zip(prediction.suffixes, prediction.masks)
                     ]
-                    list(pool.map(lambda file: save_mask(*file), files))
+                    list(pool.map(save_mask, *zip(*files)))
                 bar.update(len(indices) * world_size())
     counts, checksums = (all_reduce_sum(part.to(device)).cpu() for part in (counts, checksums))
     return Evaluation(counts, variants, class_table, time.perf_counter() - began, names, checksums.tolist())
@@ -168,10 +161,7 @@ class ModelTest(NamedTuple):
         return SYNTHETIC_NOTE if self.test_set.synthetic else ""
 
     def evaluate(self, predict_batch: PredictBatch, class_table: ClassTable) -> Evaluation:
-        """`evaluate` with masks, into the results folder; the scores of an earlier test in it are deleted.
-
-        InputError when the checkpoint was trained on other classes than those of the targets.
-        """
+        """`evaluate` with masks, after deleting earlier scores. InputError if the checkpoint has other classes."""
         trained, config = class_table_of(self.checkpoint).names, self.config
         if trained != class_table.names:
             found = f"{config.data} has {', '.join(class_table.names)}"
@@ -183,8 +173,7 @@ class ModelTest(NamedTuple):
         return evaluate(predict_batch, self.test_set, self.device, class_table=class_table, **options)
 
     def write(self, evaluation: Evaluation, metrics: dict[str, Any], title: str, details: Sequence[str] = ()) -> str:
-        """Write metrics.json, images.csv and, if there are perturbations, the robustness files; returns the scores and
-        `details` as text."""
+        """Write metrics.json, images.csv and, if perturbed, robustness files; returns scores and `details` as text."""
         config, checkpoint, out = self.config, self.checkpoint, self.config.results
         sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.model.parameters()]
         about = {
@@ -211,10 +200,7 @@ class ModelTest(NamedTuple):
 
 
 def score(test: ModelTest) -> str:
-    """Score a segmenter; returns the scores as text.
-
-    Writes the files of `ModelTest.write`, masks/, confusion.png and predictions.png.
-    """
+    """Score a segmenter, with masks/, confusion.png and predictions.png; returns the text of `ModelTest.write`."""
     class_table, records, out = test.test_set.class_table, test.test_set.records, test.config.results
     evaluation = test.evaluate(predict_classes(test.model), class_table)
     if rank() != 0:
@@ -228,9 +214,8 @@ def score(test: ModelTest) -> str:
         rows.append((caption, [photo, class_table.overlay(photo, label), class_table.overlay(photo, prediction)]))
     figure = plot_pictures(rows, ("photograph", "truth", "prediction"), test.note, class_table)
     save_figure(figure, out / "predictions.png")
-    title = f"{test.config.checkpoint} on {len(records)} images"
     files = [str(out / name) for name in ("confusion.png", "predictions.png")]
-    return test.write(evaluation, evaluation.metrics(), title, files)
+    return test.write(evaluation, evaluation.metrics(), f"{test.config.checkpoint} on {len(records)} images", files)
 
 
 def run_test(
@@ -242,8 +227,7 @@ def run_test(
     scoring: Callable[[ModelTest], str] = score,
     default_classes: ClassTable = PETS,
 ) -> None:
-    """The work of every test.py: rebuild the model of `config.checkpoint`, then score the split, or segment the
-    photographs of `--images`; print the result."""
+    """The work of every test.py: rebuild the model, score the split or segment `--images`, and print the result."""
     device = init_distributed(config.device)
     model, checkpoint = restore_model(config.checkpoint, build, model_name, device, default_classes=default_classes)
     if config.images:
@@ -267,10 +251,8 @@ def pick_examples(scores: Sequence[float], each: int = 2) -> list[tuple[str, int
     """(place, index) of the images with the best, median and worst scores, `each` of a kind, none twice, no NaN."""
     order = sorted((i for i, score in enumerate(scores) if not math.isnan(score)), key=lambda i: -scores[i])
     middle = max(0, (len(order) - each) // 2)
-    picked: dict[int, str] = {}
-    for place, indices in (("best", order[:each]), ("worst", order[-each:]), ("median", order[middle : middle + each])):
-        for index in indices:
-            picked.setdefault(index, place)
+    picked = dict.fromkeys(order[middle : middle + each], "median")
+    picked |= dict.fromkeys(order[-each:], "worst") | dict.fromkeys(order[:each], "best")
     return [(picked[index], index) for index in order if index in picked]
 
 
@@ -298,16 +280,14 @@ def _percent(value: float | None) -> str:
 def plot_confusion(counts: np.ndarray, class_names: Sequence[str], title: str = "") -> Figure:
     """The confusion matrix (C, C), row = truth: share of each true class, and millions of pixels."""
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    size = len(class_names)
+    size, ticks = len(class_names), range(len(class_names))
     figure = Figure(figsize=(1.6 + 1.1 * size, 1.2 + 1.0 * size), layout="constrained")
     axis = figure.subplots()
     image = axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    for row in range(size):
-        for column in range(size):
-            color = "white" if share[row, column] > 0.5 else "black"
-            text = f"{share[row, column]:.1%}\n{counts[row, column] / 1e6:.2f} M px"
-            axis.text(column, row, text, ha="center", va="center", color=color, fontsize=9)
-    ticks = range(size)
+    for row, column in np.ndindex(size, size):
+        color = "white" if share[row, column] > 0.5 else "black"
+        text = f"{share[row, column]:.1%}\n{counts[row, column] / 1e6:.2f} M px"
+        axis.text(column, row, text, ha="center", va="center", color=color, fontsize=9)
     axis.set(xticks=ticks, xticklabels=class_names, yticks=ticks, yticklabels=class_names)
     axis.set(xlabel="predicted class", ylabel="true class")
     figure.suptitle(title, fontsize=8)

@@ -15,11 +15,8 @@ from utils.files import atomic_path
 
 
 def save_figure(figure: Figure, path: Path, *, pdf: bool = False) -> None:
-    """Write a figure as PNG, with `pdf` also as vector PDF beside it, atomically.
-
-    Figures are made without pyplot: no display and no global state are needed.
-    """
-    FigureCanvasAgg(figure)
+    """Write a figure as PNG, with `pdf` also as vector PDF beside it, atomically."""
+    FigureCanvasAgg(figure)  # without pyplot: no display and no global state are needed
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130)
     if pdf:
@@ -33,10 +30,7 @@ def plot_pictures(
     title: str = "",
     class_table: ClassTable | None = None,
 ) -> Figure:
-    """A row per example: its caption on the left, then pictures (H, W, 3) uint8 under `headings`.
-
-    With `class_table` a legend explains the tints of its classes.
-    """
+    """A row per example: caption, then pictures (H, W, 3) uint8 under `headings`; `class_table` adds its legend."""
     figure = Figure(figsize=(2 + 2 * len(headings), 2.1 * len(rows) + 0.4), layout="constrained")
     axes = figure.subplots(len(rows), len(headings), squeeze=False)
     for row, (caption, pictures) in zip(axes, rows):

@@ -21,13 +21,9 @@ class InputError(Exception):
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`. It replaces `path` when the block succeeds and is removed when it fails.
-
-    Another process, or the next run after a kill, sees the complete old file or the complete new one.
-    """
+    """Yield a temporary path beside `path`. It replaces `path` when the block succeeds and is removed when it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unique = f"{os.getpid()}{time.time_ns()}"  # unique also across machines that share a folder
-    temporary = path.with_name(f".{path.name[:200]}.{unique}.tmp")
+    temporary = path.with_name(f".{path.name[:200]}.{os.getpid()}{time.time_ns()}.tmp")  # unique across machines
     try:
         yield temporary
         temporary.replace(path)
@@ -88,9 +84,7 @@ def read_json(path: Path) -> dict:
 def format_csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
     """CSV text with a header line, UTF-8."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(rows)
+    csv.writer(text, lineterminator="\n").writerows([columns, *rows])
     return text.getvalue().encode()
 
 

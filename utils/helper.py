@@ -19,10 +19,7 @@ from utils.files import InputError, atomic_path
 
 
 def model_state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state_dict without external weights, which are loaded from a hub or folder when it is rebuilt.
-
-    Modules with an attribute `external_weights = True` (a frozen CLIP) are left out.
-    """
+    """The state_dict without the weights of modules with `external_weights = True` (a CLIP from a hub or folder)."""
     external = _external_prefixes(model)
     return {key: value for key, value in model.state_dict().items() if not key.startswith(external)}
 
@@ -30,7 +27,7 @@ def model_state(model: nn.Module) -> dict[str, Tensor]:
 def load_model_state(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Load what `model_state` returned. RuntimeError when other keys are missing or do not fit."""
     external = _external_prefixes(model)
-    kept = {key: value for key, value in model.state_dict().items() if external and key.startswith(external)}
+    kept = {key: value for key, value in model.state_dict().items() if key.startswith(external)}
     model.load_state_dict(kept | state)
 
 
@@ -39,10 +36,7 @@ def _external_prefixes(model: nn.Module) -> tuple[str, ...]:
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Write a dict of tensors, numbers, strings, lists and dicts, completely or not at all, even on a power failure.
-
-    InputError when the disk is full; the previous file is then still there.
-    """
+    """Write a dict of tensors and plain values atomically, also on power failure. InputError when the disk is full."""
     try:
         with atomic_path(path) as temporary, temporary.open("wb") as file:
             torch.save(checkpoint, file)
@@ -67,9 +61,7 @@ def load_checkpoint(path: Path, model_name: str | None = None, *, default_classe
     except pickle.UnpicklingError as error:
         if not zipfile.is_zipfile(path):
             raise InputError(f"{path} is truncated or not a checkpoint; use another, or train again") from error
-        raise InputError(
-            f"{path} holds more than tensors and plain values, and loading it could execute code: refused"
-        ) from error
+        raise InputError(f"{path} holds more than tensors and plain values and could execute code: refused") from error
     except Exception as error:  # a damaged archive fails in many ways: RuntimeError, EOFError, KeyError, ...
         raise InputError(f"{path} is truncated or not a checkpoint ({error}); use another, or train again") from error
     parts = ("model", "model_args", "config")
@@ -88,27 +80,21 @@ def class_table_of(checkpoint: dict[str, Any]) -> ClassTable:
 
 
 def restore_model(
-    path: Path,
-    build: Callable[..., nn.Module],
-    model_name: str,
-    device: torch.device,
-    *,
-    default_classes: ClassTable = PETS,
+    path: Path, build: Callable, model_name: str, device: torch.device, *, default_classes: ClassTable = PETS
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Rebuild a model, `build(**model_args)`, from its checkpoint; returns it on `device` in eval mode, and the
-    checkpoint."""
+    """Rebuild a model, `build(**model_args)`, on `device` in eval mode; returns it and its checkpoint."""
     checkpoint = load_checkpoint(path, model_name, default_classes=default_classes)
     try:
         model = build(**checkpoint["model_args"])
         load_model_state(model, checkpoint["model"])
     except (TypeError, RuntimeError) as error:
-        name = getattr(build, "__name__", model_name)
-        raise InputError(f"{path} does not fit {name}: {error}") from error
+        raise InputError(f"{path} does not fit {getattr(build, '__name__', model_name)}: {error}") from error
     return model.to(device, memory_format=torch.channels_last).eval(), checkpoint
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
     """The command, commit, versions and hardware of this process, for config.json and metrics.json."""
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
     commit = None
     if shutil.which("git"):
         git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
@@ -118,8 +104,6 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "commit": commit,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{device.type} ({platform.machine()})",
+        "device": hardware,
         "cpus": os.cpu_count(),
     }

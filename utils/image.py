@@ -19,12 +19,10 @@ PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".
 
 
 def load_picture(path: Path, *, upright: bool = False) -> Image.Image:
-    """Open and decode a picture in any format that Pillow reads; the format is read from the content, not the suffix.
+    """Open and decode a picture in any format that Pillow reads, whatever its suffix.
 
     `upright` applies the EXIF orientation. Labels match the stored pixels, so training pictures are not rotated.
-
-    Raises InputError with the file's name when it is missing, empty, not a picture, damaged, or larger than Pillow's
-    decompression-bomb limit.
+    InputError when it is missing, empty, not a picture, damaged, or above Pillow's decompression-bomb limit.
     """
     try:
         picture = Image.open(path)
@@ -54,11 +52,8 @@ def find_pictures(paths: Sequence[Path]) -> Iterator[Path]:
     """The files among `paths`, and every picture below the folders among them. InputError for a path without any."""
     for path in paths:
         if path.is_dir():
-            below = [
-                file
-                for file in sorted(path.rglob("*"))
-                if file.suffix.lower() in PICTURE_SUFFIXES and file.name[0] != "." and file.is_file()
-            ]
+            visible = (file for file in sorted(path.rglob("*")) if file.name[0] != "." and file.is_file())
+            below = [file for file in visible if file.suffix.lower() in PICTURE_SUFFIXES]
             if not below:
                 raise InputError(f"{path} contains no picture ({', '.join(sorted(PICTURE_SUFFIXES))})")
             yield from below

@@ -33,23 +33,18 @@ class DoubleConv(nn.Sequential):
     """3x3 convolution, batch norm, ReLU, twice; keeps height and width (Ronneberger et al. 2015, padded)."""
 
     def __init__(self, in_channels: int, out_channels: int):
-        super().__init__(
-            # No bias: the batch norm after it would subtract it.
-            nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
-            nn.BatchNorm2d(out_channels),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
-            nn.BatchNorm2d(out_channels),
-            nn.ReLU(inplace=True),
-        )
+        layers: list[nn.Module] = []
+        for channels in (in_channels, out_channels):
+            conv = nn.Conv2d(channels, out_channels, 3, padding=1, bias=False)  # batch norm would subtract a bias
+            layers += [conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
+        super().__init__(*layers)
 
 
 class ClassHead(nn.Conv2d):
     """1x1 convolution to class logits that starts without a preference for any class.
 
-    After batch norm and ReLU all features have about the same mean, so the sum of a class's initial weights decides how
-    strongly the class is preferred everywhere; at the report's learning rate it takes hundreds of steps to undo that.
-    Weights that sum to zero over the features, and zero biases, start all classes equal.
+    After batch norm and ReLU all features have about the same mean. A class whose initial weights have a larger sum is
+    then preferred everywhere, for hundreds of steps at the report's learning rate; here all sums and biases are zero.
     """
 
     def __init__(self, in_channels: int, num_classes: int):

@@ -17,20 +17,16 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
     """Micro-batches of (epoch, sample) keys: every sample once per epoch, in an order that depends on (seed, epoch).
 
     A batch is `batch_size` samples, shared by all ranks: rank r of w takes every w-th sample from the r-th on. Each
-    rank splits its share into micro-batches of at most `micro_batch_size` (None: it is one), as equal as possible. A
-    last batch with fewer samples than ranks is merged into the previous one, so that no rank is left without a sample.
+    rank splits it into micro-batches of at most `micro_batch_size` (None: one), as equal as possible. A last batch with
+    fewer samples than ranks is merged into the previous one, so that no rank is left without a sample.
     """
 
     def __init__(
         self, samples: int, batch_size: int, micro_batch_size: int | None = None, *, shuffle: bool, seed: int = 0
     ):
-        self.samples = samples
-        self.batch_size = batch_size
-        self.micro_batch_size = micro_batch_size
-        self.shuffle = shuffle
-        self.seed = seed
+        self.samples, self.batch_size, self.micro_batch_size = samples, batch_size, micro_batch_size
         self.rank, self.world_size = rank(), world_size()
-        self.epoch = 0
+        self.shuffle, self.seed, self.epoch = shuffle, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -43,10 +39,8 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
             sizes.append(rest)
         elif rest:
             sizes[-1] += rest
-        shares = [len(range(self.rank, size, self.world_size)) for size in sizes]
-        return [
-            (size, math.ceil(share / (self.micro_batch_size or max(share, 1)))) for size, share in zip(sizes, shares)
-        ]
+        limit = self.micro_batch_size or self.samples
+        return [(size, math.ceil(len(range(self.rank, size, self.world_size)) / limit)) for size in sizes]
 
     def __len__(self) -> int:
         return sum(micro_batches for _, micro_batches in self.batches())
@@ -55,23 +49,17 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         order = np.arange(self.samples)
         if self.shuffle:
             order = np.random.default_rng([self.seed, self.epoch]).permutation(self.samples)
-        start = 0
         for size, micro_batches in self.batches():
-            share = order[start : start + size][self.rank :: self.world_size]
-            start += size
+            batch, order = order[:size], order[size:]
             if micro_batches:
-                for part in np.array_split(share, micro_batches):
+                for part in np.array_split(batch[self.rank :: self.world_size], micro_batches):
                     yield [(self.epoch, int(sample)) for sample in part]
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     """Stack tensors; labels at their own sizes and names become lists."""
-    return {
-        key: torch.stack([item[key] for item in items])
-        if torch.is_tensor(items[0][key])
-        else [item[key] for item in items]
-        for key in items[0]
-    }
+    columns = {key: [item[key] for item in items] for key in items[0]}
+    return {key: torch.stack(values) if torch.is_tensor(values[0]) else values for key, values in columns.items()}
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
@@ -98,8 +86,6 @@ def make_loader(dataset: Dataset, sampler: EpochBatchSampler, workers: int) -> D
 
 def prepare_batch(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Move a batch's tensors to the device; `image` changes there from uint8 to float in [0, 1], channels last."""
-    batch = {
-        key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value for key, value in batch.items()
-    }
+    batch = {key: part.to(device, non_blocking=True) if torch.is_tensor(part) else part for key, part in batch.items()}
     batch["image"] = batch["image"].float().div_(255).contiguous(memory_format=torch.channels_last)
     return batch

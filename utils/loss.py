@@ -20,8 +20,7 @@ def dice_loss(logits: Tensor, target: Tensor) -> Tensor:
     """1 - soft Dice coefficient (report eq. 12-13) of logits (B, C, H, W) and target (B, H, W).
 
     Dice = 2 |P and T| / (|P| + |T|) per class over the whole batch, with class probabilities as the predicted sets. The
-    mean is over the classes in the target: an absent class would weigh as much for a few pixels as another for half of
-    the image.
+    mean is over the classes in the target: a few pixels of an absent class would weigh as much as a whole class.
     """
     valid = (target != IGNORE).unsqueeze(1)  # (B, 1, H, W)
     probability = logits.softmax(dim=1) * valid
@@ -48,10 +47,7 @@ class WeightedLoss:
 
 
 class SegmentationLoss:
-    """The loss of `--loss` and `--boundary`, of logits (B, C, H, W) and a mask (B, H, W) in which 255 is the boundary.
-
-    `boundary="background"` (the report's) learns the boundary as background, "ignore" leaves it out.
-    """
+    """`--loss` of logits (B, C, H, W) and a mask (B, H, W) whose boundary, 255, is background (report) or ignored."""
 
     def __init__(self, text: str, boundary: str):
         self.loss = WeightedLoss(text, LOSSES)

@@ -39,8 +39,8 @@ class ConfusionMatrix:
 
     def __init__(self, class_names: Sequence[str], counts: Tensor | None = None):
         self.class_names = tuple(class_names)
-        size = len(self.class_names)
-        self.counts = torch.zeros(size, size, dtype=torch.int64) if counts is None else counts
+        shape = (len(class_names), len(class_names))
+        self.counts = torch.zeros(shape, dtype=torch.int64) if counts is None else counts
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
         """Add predictions and targets of equal shape, in classes, target 255 = ignored."""
@@ -48,34 +48,31 @@ class ConfusionMatrix:
 
     def iou(self) -> list[float]:
         """Intersection over union TP / (TP + FP + FN) per class."""
-        hit, truth, predicted, _ = self._parts()
-        return [_ratio(h, t + p - h) for h, t, p in zip(hit, truth, predicted)]
+        hit, truth, predicted = self._parts()
+        return (hit / (truth + predicted - hit)).tolist()
 
     def dice(self) -> list[float]:
         """Dice coefficient 2 TP / (2 TP + FP + FN) per class."""
-        hit, truth, predicted, _ = self._parts()
-        return [_ratio(2 * h, t + p) for h, t, p in zip(hit, truth, predicted)]
+        hit, truth, predicted = self._parts()
+        return (2 * hit / (truth + predicted)).tolist()
 
     def accuracy(self) -> list[float]:
         """(TP + TN) / all pixels, of each class against the rest (report eq. 16)."""
-        hit, truth, predicted, total = self._parts()
-        present = [t + p > 0 for t, p in zip(truth, predicted)]
-        return [
-            _ratio(total - t - p + 2 * h, total) if here else math.nan
-            for h, t, p, here in zip(hit, truth, predicted, present)
-        ]
+        hit, truth, predicted = self._parts()
+        correct = (truth.sum() - truth - predicted + 2 * hit) / truth.sum()
+        return torch.where(truth + predicted > 0, correct, math.nan).tolist()
 
     def pixel_accuracy(self) -> float:
         """Share of pixels whose class is correct."""
-        hit, _, _, total = self._parts()
-        return _ratio(sum(hit), total)
+        hit, truth, _ = self._parts()
+        return (hit.sum() / truth.sum()).item()
 
     def scores(self) -> dict[str, Any]:
         """IoU, Dice and accuracy per class and as mean, and the pixel accuracy, all in 0..1; None = no such class."""
         scores: dict[str, Any] = {}
         for name, values in (("iou", self.iou()), ("dice", self.dice()), ("accuracy", self.accuracy())):
-            per_class = {label: _or_none(value) for label, value in zip(self.class_names, values)}
-            scores[name] = {**per_class, "mean": _or_none(nan_mean(values))}
+            named = zip((*self.class_names, "mean"), (*values, nan_mean(values)))
+            scores[name] = {label: _or_none(value) for label, value in named}
         return {**scores, "pixel_accuracy": _or_none(self.pixel_accuracy())}
 
     def baseline(self) -> ConfusionMatrix:
@@ -84,9 +81,10 @@ class ConfusionMatrix:
         counts[:, 0] = self.counts.sum(dim=1)
         return ConfusionMatrix(self.class_names, counts)
 
-    def _parts(self) -> tuple[list[int], list[int], list[int], int]:
-        counts = self.counts.cpu()
-        return counts.diag().tolist(), counts.sum(1).tolist(), counts.sum(0).tolist(), int(counts.sum())
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Correct, true and predicted pixels (C,) of each class, as floats: exact below 2^53, and 0 / 0 is NaN."""
+        counts = self.counts.cpu().double()
+        return counts.diag(), counts.sum(dim=1), counts.sum(dim=0)
 
 
 def nan_mean(values: Iterable[float]) -> float:
@@ -95,26 +93,15 @@ def nan_mean(values: Iterable[float]) -> float:
     return sum(kept) / len(kept) if kept else math.nan
 
 
-def _ratio(part: int, whole: int) -> float:
-    return part / whole if whole else math.nan
-
-
 def _or_none(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
 @torch.inference_mode()
 def validate(
-    model: nn.Module,
-    step: Callable,
-    loader: Iterable[dict[str, Any]],
-    device: torch.device,
-    class_names: Sequence[str],
+    model: nn.Module, step: Callable, loader: Iterable[dict[str, Any]], device: torch.device, class_names: Sequence[str]
 ) -> tuple[float, ConfusionMatrix]:
-    """Mean loss per image and confusion matrix over all of `loader`, summed over all ranks.
-
-    A step without logits (a reconstruction) leaves the matrix empty.
-    """
+    """Mean loss per image and confusion matrix (empty for a step without logits) over `loader`, summed over ranks."""
     model.eval()
     confusion = ConfusionMatrix(class_names)
     # Loss and images, summed on the device: reading a number from it would make it wait. (Apple's has no float64.)
@@ -122,8 +109,7 @@ def validate(
     for batch in loader:
         batch = prepare_batch(batch, device)
         output = step(model, batch)
-        images = len(batch["image"])
-        totals += torch.stack([output.loss, torch.ones_like(output.loss)]) * images
+        totals += torch.stack([output.loss, torch.ones_like(output.loss)]) * len(batch["image"])
         if output.logits is not None:
             confusion.update(logits_to_classes(output.logits), output.target)
     loss, images = all_reduce_sum(totals).tolist()

@@ -49,8 +49,7 @@ class Predictor:
 
     @torch.inference_mode()
     def set_image(self, picture: Image.Image | np.ndarray | str | Path) -> None:
-        """Set the photograph: a picture, an array (H, W, 3) uint8 RGB, or a file, which is rotated upright as its EXIF
-        orientation says."""
+        """Set the photograph: a picture, an array (H, W, 3) uint8 RGB, or a file, which is rotated upright (EXIF)."""
         if isinstance(picture, str | Path):
             picture = load_picture(Path(picture), upright=True)
         elif isinstance(picture, np.ndarray):
@@ -66,9 +65,8 @@ class Predictor:
     ) -> Prediction:
         """The mask of the photograph; for a prompted model the object under the clicks `points` (N, 2).
 
-        `positive` (N,) says whether each click is on the object (default: all are). Today's models take one positive
-        click and at most one negative click. InputError for a point outside the photograph, for clicks on a model that
-        is not prompted, or the other way round.
+        `positive` (N,): whether each click is on the object (default: all). Models take one positive and at most one
+        negative click. InputError for a point outside the photograph, or clicks that do not fit the model.
         """
         if self.picture is None:
             raise InputError("set_image comes before predict")
@@ -88,9 +86,8 @@ class Predictor:
         width, height = self.picture.size
         for x, y in points:
             if not (0 <= x <= width - 1 and 0 <= y <= height - 1):
-                raise InputError(
-                    f"the point ({x:g}, {y:g}) is not in the photograph, which has {width}x{height} pixels"
-                )
+                problem = f"the point ({x:g}, {y:g}) is not in the photograph"
+                raise InputError(f"{problem}, which has {width}x{height} pixels")
         sides = [True] * len(points) if positive is None else list(positive)
         if len(sides) != len(points) or sides.count(True) != 1 or sides.count(False) > 1:
             got = f"{len(points)} points with positive={sides}"
@@ -144,13 +141,11 @@ def predict_photographs(
 
 def distinct_stems(paths: Sequence[Path]) -> list[str]:
     """The stem of each path, with a number appended if an earlier path has the same: cat.jpg, cat.png -> cat, cat-2."""
-    taken: set[str] = set()
-    stems = []
+    stems: dict[str, Path] = {}
     for path in paths:
         stem, copy = path.stem, 1
-        while stem in taken:
+        while stem in stems:
             copy += 1
             stem = f"{path.stem}-{copy}"
-        taken.add(stem)
-        stems.append(stem)
-    return stems
+        stems[stem] = path
+    return list(stems)

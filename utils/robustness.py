@@ -30,10 +30,7 @@ class Perturbation(Protocol):
 
 
 class Variant(NamedTuple):
-    """A version of every test image: a perturbation at a severity level above 0, with one draw of its random inputs.
-
-    The clean image is the variant without a perturbation; it is also level 0 of every perturbation.
-    """
+    """A perturbation at a severity level above 0, with one draw of its random inputs. `Variant()`: the clean image."""
 
     perturbation: Perturbation | None = None
     level: int = 0
@@ -59,12 +56,11 @@ def list_variants(perturbations: Sequence[Perturbation]) -> list[Variant]:
 
 def select_levels(counts: Tensor, variants: Sequence[Variant], perturbation: Perturbation) -> list[list[Tensor]]:
     """Of counts (V, C, C), those (C, C) of one perturbation by level and draw; level 0 is the clean image."""
-    position = {variant: number for number, variant in enumerate(variants)}
-    levels = []
-    for level in range(len(perturbation.amounts)):
-        keys = [Variant(perturbation, level, draw) if level else Variant() for draw in range(perturbation.draws)]
-        levels.append([counts[position[key]] for key in keys])
-    return levels
+    of_variant = dict(zip(variants, counts))
+    return [
+        [of_variant[Variant(perturbation, level, draw) if level else Variant()] for draw in range(perturbation.draws)]
+        for level in range(len(perturbation.amounts))
+    ]
 
 
 def score_levels(levels: Sequence[Sequence[Tensor]], class_names: Sequence[str]) -> dict[str, Any]:
@@ -78,13 +74,12 @@ def score_levels(levels: Sequence[Sequence[Tensor]], class_names: Sequence[str])
 
 def summarize_levels(scores: dict[str, Any], class_names: Sequence[str]) -> dict[str, float]:
     """The mean Dice as a share of the clean one, at the last level and on average over levels 1 to 9; and the area
-    under its curve over the levels (trapezoids), which is 1 if the Dice is 1 at every level.
-
-    The mean is over `class_names`, the classes of the truth. A class that is only predicted would change the mean.
+    under its curve over the levels (trapezoids), which is 1 if the Dice is 1 at every level. The mean is over
+    `class_names`, the classes of the truth: a class that is only predicted would change it.
     """
     levels = zip(*(scores["dice"][name] for name in class_names))
     curve = [statistics.fmean(value for draws in level for value in draws) for level in levels]
-    clean = curve[0] or float("nan")
+    clean = curve[0] or math.nan
     area = sum((one + two) / 2 for one, two in itertools.pairwise(curve)) / (len(curve) - 1)
     return {"retained_last": curve[-1] / clean, "retained_mean": statistics.fmean(curve[1:]) / clean, "area": area}
 
@@ -97,12 +92,8 @@ def summarize_robustness(counts: Tensor, variants: Sequence[Variant], class_tabl
     summary: dict[str, Any] = {"draws": max(way.draws for way in perturbations), "perturbations": {}}
     for perturbation in perturbations:
         scores = score_levels(select_levels(counts, variants, perturbation), class_table.names)
-        summary["perturbations"][perturbation.name] = {
-            "unit": perturbation.unit,
-            "amounts": list(perturbation.amounts),
-            **summarize_levels(scores, present),
-            **scores,
-        }
+        about = {"unit": perturbation.unit, "amounts": list(perturbation.amounts)}
+        summary["perturbations"][perturbation.name] = about | summarize_levels(scores, present) | scores
     for key in ("retained_last", "retained_mean", "area"):
         summary[key] = statistics.fmean(entry[key] for entry in summary["perturbations"].values())
     return summary
@@ -153,8 +144,7 @@ def plot_robustness(perturbations: dict[str, dict[str, Any]], class_table: Class
 
 def level_panels(perturbations: dict[str, dict[str, Any]], title: str) -> tuple[Figure, list[Axes]]:
     """An empty panel per perturbation, with its amounts as ticks."""
-    rows = math.ceil(len(perturbations) / 4)
-    columns = min(len(perturbations), 4)
+    rows, columns = math.ceil(len(perturbations) / 4), min(len(perturbations), 4)
     figure = Figure(figsize=(1 + 3 * columns, 0.9 + 2.6 * rows), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
     for axis in axes[len(perturbations) :]:
@@ -174,8 +164,7 @@ def level_panels(perturbations: dict[str, dict[str, Any]], title: str) -> tuple[
 
 def plot_levels(axis: Axes, levels: Sequence[Sequence[float | None]], label: str, color: Any, style: Any) -> None:
     """A curve through the mean over the draws of each level, in a band from the lowest to the highest draw."""
-    values = [[np.nan if value is None else value for value in level] for level in levels]
-    steps = range(len(values))
-    known = [[value for value in level if not np.isnan(value)] or [np.nan] for level in values]
+    steps = range(len(levels))
+    known = [[value for value in level if value is not None] or [np.nan] for level in levels]
     axis.plot(steps, [np.mean(level) for level in known], label=label, color=color, linestyle=style)
     axis.fill_between(steps, list(map(min, known)), list(map(max, known)), color=color, alpha=0.2, linewidth=0)

@@ -35,80 +35,62 @@ def start_run(config: TrainConfig, model_name: str) -> Run:
     """
     device = init_distributed(config.device)
     refuse_another_run(config)
-    precision = config.precision
-    if precision == "auto":
-        precision = "fp32"
-        if device.type == "cuda":
-            precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    precision = {"auto": "no", "fp32": "no"}.get(config.precision, config.precision)
+    if config.precision == "auto" and device.type == "cuda":
+        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if precision == "fp16" and device.type == "cpu":
         raise InputError("--precision fp16 needs a GPU; on the CPU use bf16 or fp32")
     seed_everything(config.seed)
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision={"fp32": "no"}.get(precision, precision))
-    return Run(config, model_name, accelerator)
+    return Run(config, model_name, Accelerator(cpu=device.type == "cpu", mixed_precision=precision))
 
 
 def refuse_another_run(config: TrainConfig) -> None:
     """InputError when `config.out` holds a run that is not to be resumed."""
     found = [name for name in ("config.json", "last.pt", "best.pt", "log.csv") if (config.out / name).exists()]
     if found and not config.resume:
-        raise InputError(
-            f"{config.out} holds another run ({', '.join(found)}): continue it with --resume, or choose another --out"
-        )
+        hint = "continue it with --resume, or choose another --out"
+        raise InputError(f"{config.out} holds another run ({', '.join(found)}): {hint}")
 
 
 class Run:
-    """The folder of one training, `config.out`: config.json, split.json, log.csv, TensorBoard events, curves.png,
-    last.pt and best.pt.
+    """The folder `config.out`: config.json, split.json, log.csv, TensorBoard events, curves.png, last.pt and best.pt.
 
     `fit` opens it, saves each epoch and closes it. Rank 0 alone writes. `epoch` is the last epoch that was saved.
     """
 
     def __init__(self, config: TrainConfig, model_name: str, accelerator: Accelerator):
-        self.config = config
-        self.model_name = model_name
-        self.accelerator = accelerator
-        self.folder = config.out
-        self.device = accelerator.device
-        self.is_main = accelerator.is_main_process
-        self.epoch = 0
-        self.best_loss = math.inf
+        self.config, self.model_name, self.accelerator = config, model_name, accelerator
+        self.folder, self.device, self.is_main = config.out, accelerator.device, accelerator.is_main_process
+        self.epoch, self.best_loss = 0, math.inf
         self.log: TrainingLog | None = None
 
     def open(
-        self,
-        model: nn.Module,
-        optimizer: Any,
-        stopping: EarlyStopping,
-        *,
-        model_args: dict[str, Any],
-        class_table: ClassTable,
-        split: dict[str, list[str]],
+        self, model: nn.Module, optimizer: Any, stopping: EarlyStopping, model_args: dict, train_set: Any, val_set: Any
     ) -> None:
         """Lock the folder, and restore model, optimizer, early stopping and random state if the run is resumed.
 
         InputError when another process trains into the folder, or it was started with other images or another model.
         """
         self.model, self.optimizer, self.stopping = model, optimizer, stopping
-        self.model_args, self.class_table = model_args, class_table
+        self.model_args, self.class_table = model_args, train_set.class_table
+        split = {"train": train_set.names, "val": val_set.names}
         if self.is_main:
             busy = f"{self.folder}: another process is training into this folder; wait for it, or choose another --out"
             self.lock = acquire_lock(self.folder / ".lock", timeout=LOCK_SECONDS, busy=busy)
             refuse_another_run(self.config)  # it may have been started in the meantime
-        last = self._load_last(split) if self.config.resume else None
-        if last is not None:
-            self._restore(last)
+        last = self._restore(split) if self.config.resume else None
         if self.is_main:
             remove_leftovers(self.folder)
             environment = describe_environment(self.device) | {"processes": self.accelerator.num_processes}
-            details = {"model_args": model_args, "class_table": class_table.as_plain_dict(), "environment": environment}
-            write_json(self.folder / "config.json", as_plain_dict(self.config) | details)
+            details = {"class_table": self.class_table.as_plain_dict(), "environment": environment}
+            write_json(self.folder / "config.json", {**as_plain_dict(self.config), "model_args": model_args, **details})
             write_json(self.folder / "split.json", split)
             self.log = TrainingLog(self.folder, last["log"] if last else ())
             if last is None:
                 self._save_last({})  # an interruption in the first epoch leaves a run that can be resumed, too
 
-    def _load_last(self, split: dict[str, list[str]]) -> dict[str, Any] | None:
-        """The content of last.pt; None when the run was killed before it was written."""
+    def _restore(self, split: dict[str, list[str]]) -> dict[str, Any] | None:
+        """Continue from last.pt; returns its content, or None when the run was killed before it was written."""
         saved_split, path = self.folder / "split.json", self.folder / "last.pt"
         if saved_split.exists() and read_json(saved_split) != split:
             raise InputError(f"--resume: {self.folder} was started with other images than those of {self.config.data}")
@@ -119,9 +101,6 @@ class Run:
             raise InputError(f"{path} cannot be resumed: it has no optimizer (is it a copy of best.pt?)")
         if last["model_args"] != self.model_args:
             raise InputError(f"--resume: {path} holds {last['model_args']}, expected {self.model_args}")
-        return last
-
-    def _restore(self, last: dict[str, Any]) -> None:
         load_model_state(self.model, last["model"])
         self.optimizer.load_state_dict(last["optimizer"])
         self.stopping.load_state_dict(last["stopping"])
@@ -130,6 +109,7 @@ class Run:
             self.accelerator.scaler.load_state_dict(last["scaler"])
         self.epoch, self.best_loss = last["epoch"], last["best_loss"]
         log.info("%s: continuing after epoch %d", self.folder, self.epoch)
+        return last
 
     def save(self, row: dict[str, float], scores: dict[str, Any]) -> None:
         """Save an epoch: its `row` of the log, last.pt, and best.pt if its validation loss is the lowest so far."""
@@ -211,7 +191,7 @@ def plot_curves(rows: Sequence[dict[str, float]], class_table: ClassTable) -> Fi
     axes[0].set(xlabel="epoch", ylabel="loss")
     if scored:
         for name, (color, style) in class_styles(class_table).items():
-            values = [np.nan if row[f"val_iou_{name}"] is None else row[f"val_iou_{name}"] for row in rows]
+            values = np.array([row[f"val_iou_{name}"] for row in rows], dtype=float)  # None becomes NaN
             axes[1].plot(epochs, values, label=name, color=color, linestyle=style)
         axes[1].set(xlabel="epoch", ylabel="IoU on validation images", ylim=(0, 1))
     for axis in axes:

@@ -45,16 +45,13 @@ class EarlyStopping:
     """Stop when the validation loss has not improved by `min_delta` for `patience` epochs (0: never stop)."""
 
     def __init__(self, patience: int, min_delta: float):
-        self.patience = patience
-        self.min_delta = min_delta
-        self.best = math.inf
-        self.bad_epochs = 0
+        self.patience, self.min_delta = patience, min_delta
+        self.best, self.bad_epochs = math.inf, 0
 
     def update(self, loss: float) -> None:
         """Add the validation loss of an epoch."""
         if loss <= self.best - self.min_delta:
-            self.best = loss
-            self.bad_epochs = 0
+            self.best, self.bad_epochs = loss, 0
         else:
             self.bad_epochs += 1
 
@@ -66,8 +63,7 @@ class EarlyStopping:
         return {"best": self.best, "bad_epochs": self.bad_epochs}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        self.best = state["best"]
-        self.bad_epochs = state["bad_epochs"]
+        self.best, self.bad_epochs = state["best"], state["bad_epochs"]
 
 
 class TrainingLog:
@@ -103,12 +99,10 @@ def fit(
     """Train `model` with `step` until the epochs are over or the validation loss no longer improves.
 
     Fills the run folder. A resumed run continues after the epoch of last.pt, on the CPU bit for bit as if it had never
-    stopped. Frozen parameters stay out of the optimizer. The data sets have `class_table` and `names`.
-
-    Raises InputError when the folder holds another run, there are fewer images than a batch, or the loss is no longer
-    finite (last.pt is then still good).
+    stopped. Frozen parameters stay out of the optimizer. The data sets have `class_table` and `names`. InputError when
+    the folder holds another run, there are fewer images than a batch, or the loss is not finite (last.pt stays good).
     """
-    config, accelerator, device = run.config, run.accelerator, run.device
+    config, accelerator, device, class_names = run.config, run.accelerator, run.device, train_set.class_table.names
     train_loader, val_loader = make_loaders(model, step, train_set, val_set, run)
     model = convert_sync_batchnorm(model, device).to(memory_format=torch.channels_last)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -116,25 +110,23 @@ def fit(
     stopping = EarlyStopping(config.patience, config.min_delta)
     # Compiled and distributed wrappers share the parameters of `model`, whose own names go into the checkpoint.
     wrapped, optimizer = accelerator.prepare(compile_model(model, device) if config.compile else model, optimizer)
-    split = {"train": train_set.names, "val": val_set.names}
-    run.open(model, optimizer, stopping, model_args=model_args, class_table=train_set.class_table, split=split)
+    run.open(model, optimizer, stopping, model_args, train_set, val_set)
     try:
         for epoch in range(run.epoch + 1, config.epochs + 1):
             if stopping.should_stop:
                 break
+            lr = learning_rate(config, epoch)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, epoch)
+                group["lr"] = lr
             train_loss, speed = train_one_epoch(wrapped, step, train_loader, optimizer, run, epoch)
             # Unwrapped: ranks may have different numbers of validation batches and must not wait for each other.
-            val_loss, confusion = validate(
-                accelerator.unwrap_model(wrapped), step, val_loader, device, train_set.class_table.names
-            )
+            val_loss, confusion = validate(accelerator.unwrap_model(wrapped), step, val_loader, device, class_names)
             check_finite(val_loss, f"validation loss of epoch {epoch}", config)
             stopping.update(val_loss)
             scores = confusion.scores()
             iou = {f"val_iou_{name}": value for name, value in scores["iou"].items()} if confusion.counts.any() else {}
-            losses = {"train_loss": train_loss, "val_loss": val_loss}
-            run.save({"epoch": epoch, **losses, **iou, "lr": learning_rate(config, epoch), **speed}, scores)
+            row = {"epoch": epoch, "train_loss": train_loss, "val_loss": val_loss, **iou, "lr": lr, **speed}
+            run.save(row, scores)
     except KeyboardInterrupt:
         log.info("interrupted; %s holds the last complete epoch, --resume continues after it", run.folder / "last.pt")
         raise
@@ -160,15 +152,12 @@ def make_loaders(
     """Training and validation loader; each rank loads its share of every batch."""
     config, size = run.config, run.config.batch_size
     if len(train_set) < size:
-        raise InputError(
-            f"{len(train_set)} training images (after balancing) are fewer than a batch of {size}: "
-            f"use --batch-size {len(train_set)} or less, or more images"
-        )
+        few = f"{len(train_set)} training images (after balancing) are fewer than a batch of {size}"
+        raise InputError(f"{few}: use --batch-size {len(train_set)} or less, or more images")
     if size < world_size():
         raise InputError(f"--batch-size {size} cannot be shared by {world_size()} processes: start fewer")
-    micro = config.micro_batch_size
-    if micro == "auto":
-        micro = find_micro_batch_size(model, step, train_set, run)
+    auto = config.micro_batch_size == "auto"
+    micro = find_micro_batch_size(model, step, train_set, run) if auto else config.micro_batch_size
     train_sampler = EpochBatchSampler(len(train_set), size, micro, shuffle=True, seed=config.seed)
     val_sampler = EpochBatchSampler(len(val_set), min(size, (micro or size) * world_size()), shuffle=False)
     return make_loader(train_set, train_sampler, config.workers), make_loader(val_set, val_sampler, config.workers)
@@ -186,9 +175,7 @@ def find_micro_batch_size(model: nn.Module, step: Step, train_set: Dataset, run:
         while size and not step_fits(model, step, train_set, run, size):
             size //= 2
     if not size:
-        raise InputError(
-            "--micro-batch-size auto: not even one image fits in memory. Use a smaller --image-size or model"
-        )
+        raise InputError("not even one image fits in memory: use a smaller --image-size or model")
     size = min(all_gather_objects([size]))
     log.info("--micro-batch-size auto: %d", size)
     return size
@@ -234,8 +221,7 @@ def train_one_epoch(
 ) -> tuple[float, dict[str, float]]:
     """One pass over `loader`; returns the mean loss per image over all ranks, and further columns of the log.
 
-    The gradient of a step is that of the mean loss over its batch, however the batch is split into micro-batches and
-    ranks.
+    A step's gradient is that of the mean loss over its batch, however it is split into micro-batches and ranks.
     """
     accelerator, sampler = run.accelerator, loader.batch_sampler
     model.train()
