@@ -53,7 +53,7 @@ class ClipEncoder(nn.Module):
         self.taps = [vision.config.num_hidden_layers * quarter // 4 for quarter in (1, 2, 3, 4)]
         self.normalize = Normalize(CLIP_MEAN, CLIP_STD)
         for name, parameter in vision.named_parameters():
-            parameter.requires_grad_(not frozen and "post_layernorm" not in name)  # for the unused pooled token
+            parameter.requires_grad_(not frozen and "post_layernorm" not in name)  # a norm of the unused pooled token
         self.train()
 
     def train(self, mode: bool = True) -> ClipEncoder:
