@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from models import MODELS
+from study.experiments import LISTS
 from utils.config import describe_flag, flag_name
 from utils.files import write_bytes
 
@@ -38,6 +39,10 @@ def flags_markdown() -> str:
             parents = " and ".join(f'"{SHARED[parent.__name__]}"' for parent in level.__mro__[-2:0:-1])
             title = f"## {SHARED.get(level.__name__, f'{script}.py')}"
             sections[title] = f"In addition to {parents}:\n\n{table}" if parents else table
+    for name, experiments in LISTS.items():
+        lines = [f"| `{one.name}` | `{' '.join((one.model, *one.flags))}` |" for one in experiments]
+        table = "\n".join(["| experiment | model and flags |", "|---|---|", *lines, ""])
+        sections[f"## Experiments of the list `{name}`"] = table
     return "\n".join(f"{title}\n\n{section}" for title, section in sections.items())
 
 
