@@ -55,7 +55,7 @@ def load_model(
     if name not in MODELS:
         raise InputError(f"{path} holds a {name} model; models.py knows {', '.join(MODELS)}")
     row = MODELS[name]
-    build = getattr(importlib.import_module(f"{name}.model"), row.build)  # now, so that a U-Net needs no transformers
+    build = getattr(importlib.import_module(f"{name}.model"), row.build)  # so that a U-Net needs no transformers
     if clip_model is not None:
         if "clip_model" not in inspect.signature(build).parameters:
             raise InputError(f"--clip-model: {path} holds a {name} model, which has no CLIP")

@@ -15,7 +15,7 @@ from utils.config import TrainConfig, as_plain_dict, flag, parse, run_script, we
 from utils.files import InputError, write_json
 
 
-def reconstruction_loss(text: str) -> str:
+def parse_reconstruction_loss(text: str) -> str:
     """A weighted sum of the losses of autoencoder/reconstruction.py."""
     from autoencoder.reconstruction import LOSSES  # imports torch, which a script that was given the flag needs anyway
 
@@ -34,7 +34,7 @@ class Config(TrainConfig):
     pretrain_min_delta: float = flag(1e-5, "--min-delta of the reconstruction, whose losses are smaller", low=0)
     reconstruction_loss: str = flag(
         "mse", "a loss of autoencoder/reconstruction.py, or a weighted sum such as mse+0.5*ssim",
-        parse=reconstruction_loss,
+        parse=parse_reconstruction_loss,
     )  # fmt: skip
     encoder: str | None = flag(
         None,

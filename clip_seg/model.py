@@ -25,10 +25,11 @@ LEVELS = 4
 class ClipEncoder(nn.Module):
     """The patch tokens of a CLIP vision transformer as feature maps.
 
-    Takes images (B, 3, H, W) in [0, 1], returns maps (B, channels, g, g) with g = `image_size` / patch size, 7 for
-    B/32: the tokens after 1/4, 1/2, 3/4 and all of the layers (3, 6, 9 and 12 for B/32).
+    Takes images (B, 3, H, W) in [0, 1], returns a list of four maps (B, channels, g, g): the tokens after 1/4, 1/2, 3/4
+    and all of the layers (3, 6, 9 and 12 for B/32); g = `image_size` / patch size, 7 for B/32.
 
-    `frozen`: no gradients. `external_weights`: checkpoints do not hold the weights (utils/helper.py), only their hash.
+    `frozen`: no gradients, always in eval mode. `external_weights`: checkpoints hold only the hash of the weights, not
+    the weights (utils/helper.py).
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class ClipEncoder(nn.Module):
         self.taps = [vision.config.num_hidden_layers * quarter // 4 for quarter in (1, 2, 3, 4)]
         self.normalize = Normalize(CLIP_MEAN, CLIP_STD)
         for name, parameter in vision.named_parameters():
-            parameter.requires_grad_(not frozen and "post_layernorm" not in name)  # a norm of the unused pooled token
+            parameter.requires_grad_(not frozen and "post_layernorm" not in name)  # it is for the unused pooled token
         self.train()
 
     def train(self, mode: bool = True) -> ClipEncoder:
@@ -74,7 +75,7 @@ class ClipEncoder(nn.Module):
         return resize(image).clamp(0, 1)
 
     def tokens(self, prepared: Tensor) -> list[Tensor]:
-        """Feature maps of images at the encoder's size."""
+        """Feature maps of images in [0, 1] at the encoder's size (`prepare`)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             normalized = self.normalize(prepared)
             output = self.vision(normalized, interpolate_pos_encoding=True, output_hidden_states=True)
@@ -88,7 +89,7 @@ class ClipEncoder(nn.Module):
 class Decoder(nn.Module):
     """The U-Net's decoder on a map of tokens: four blocks that double height and width and halve the channels.
 
-    With `skip_channels`, the channels of a token, the first three blocks also take tokens of shallower layers.
+    With `skip_channels` (the channels of a token) the first three blocks also take tokens of shallower layers.
     Transposed convolutions expand each token to its patch at the block's resolution (UNETR, Hatamizadeh et al. 2022).
     """
 
@@ -137,7 +138,7 @@ def make_encoder(
 ) -> tuple[ClipEncoder, dict[str, Any]]:
     """An encoder to train, and the plain values from which `rebuild_encoder` makes it again.
 
-    Of a frozen CLIP the checkpoint holds only the hash of the weights; it holds random or trained weights completely.
+    A checkpoint holds random or trained weights completely, but of a frozen pre-trained CLIP only their hash.
     """
     vision = random_vision(clip_model) if random_init else load_vision(clip_model)
     external = frozen and not random_init
@@ -154,8 +155,8 @@ def make_encoder(
 def rebuild_encoder(
     *, clip_model: str, architecture: dict[str, Any], image_size: int, frozen: bool, weights_hash: str | None
 ) -> ClipEncoder:
-    """The encoder of `make_encoder`. External weights are loaded from `clip_model` and must have the hash; others come
-    with the checkpoint."""
+    """The encoder of `make_encoder`, from its plain values. External weights are loaded from `clip_model`; InputError
+    when they have another hash. Other weights are random here: they are loaded from the checkpoint later."""
     external = weights_hash is not None
     vision = find_weights(clip_model, weights_hash) if external else CLIPVisionModel(CLIPVisionConfig(**architecture))
     return ClipEncoder(vision, image_size=image_size, frozen=frozen, external_weights=external)
@@ -164,7 +165,7 @@ def rebuild_encoder(
 def build_segmenter(
     num_classes: int = 3, *, encoder: dict[str, Any], clip_model: str | None = None, **options: Any
 ) -> ClipSegmenter:
-    """The segmenter of a checkpoint's `model_args`. `clip_model`: where external weights are now."""
+    """The segmenter of a checkpoint's `model_args`. `clip_model`: id or folder of external weights that have moved."""
     if clip_model:
         encoder = {**encoder, "clip_model": clip_model}
     return ClipSegmenter(rebuild_encoder(**encoder), num_classes, **options)

@@ -44,8 +44,10 @@ class Record:
 def find_records(
     base_dir: Path, split: str, limit: int | None = None, *, class_table: ClassTable = PETS
 ) -> list[Record]:
-    """The pets of a split, sorted by name; with `limit`, that many of them, evenly spaced in that order. InputError
-    when `base_dir` is not prepared, or was prepared with other classes, or an image or label is missing."""
+    """The pets of a split, sorted by name; with `limit`, that many of them at even distances in that order.
+
+    InputError when `base_dir` is not prepared, was prepared with other classes, or an image or label is missing.
+    """
     report = base_dir / "prep_report.json"
     prepare = f"Run: python dataset/dataset_prep.py {base_dir}"
     if not report.is_file():
@@ -66,7 +68,7 @@ def find_records(
                 raise InputError(f"{image} has no label {label}. {prepare}")
             records.append(Record(image.stem, species, image, label, class_table))
     if not records:
-        raise InputError(f"{base_dir / split} holds no image. {report} lists the files that were left out.")
+        raise InputError(f"{base_dir / split} holds no images. {report} lists the files that were left out.")
     records.sort(key=lambda record: record.name)
     if limit and limit < len(records):
         records = [records[i] for i in np.linspace(0, len(records) - 1, limit).round().astype(int)]
@@ -82,10 +84,11 @@ def is_synthetic(base_dir: Path) -> bool:
 class PetDataset(Dataset):
     """Pets as dicts of `image` (3, size, size) uint8 RGB, `mask` (size, size) uint8 with 255 = ignored, and `name`.
 
-    Items are requested by (epoch, sample), or by sample alone for epoch 0; a sample is a position in `indices`, which
-    selects records, repeats allowed. With `transform` a sample is augmented, depending on (seed, epoch, sample) alone.
-    With `label_size` items also have `label`, for scoring: the classes at the photograph's own size ("native") or at
-    that many pixels square. The random inputs of `perturbations` are added as `noise/NAME`.
+    The key of an item is (epoch, sample), or sample for epoch 0. A sample is a position in `indices`, which are numbers
+    of records and may repeat. With `transform` items are augmented; the outcome depends on (seed, epoch, sample) alone.
+    With `label_size` items also have `label`, a NumPy array (H, W) uint8 for scoring: the classes at the photograph's
+    own size ("native"), or resized to `label_size` x `label_size`. The random inputs of `perturbations` are added as
+    `noise/NAME` (draws, ...).
     """
 
     records: Sequence[Record]
@@ -110,7 +113,7 @@ class PetDataset(Dataset):
 
     @property
     def names(self) -> list[str]:
-        """The photographs, each once."""
+        """The names of the selected photographs, each once, in the order of `records`."""
         return [self.records[index].name for index in sorted(set(self.indices))]
 
     def __len__(self) -> int:
@@ -135,8 +138,10 @@ class PetDataset(Dataset):
 
 
 def split_records(records: Sequence[Record], val_fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Train and validation indices, stratified by species: at least one image of each species on each side. InputError
-    when a species has fewer than two images."""
+    """Sorted training and validation indices, stratified by species: at least one image of each species in both.
+
+    InputError when a species has fewer than two images.
+    """
     rng = np.random.default_rng(seed)
     train, val = [], []
     class_table = records[0].class_table
@@ -156,7 +161,8 @@ def balance(records: Sequence[Record], indices: Sequence[int]) -> list[int]:
     """`indices` with those of rarer species repeated until all species are equally frequent (report section 2)."""
     species = records[0].class_table.species.values()
     groups = [[index for index in indices if records[index].species == value] for value in species]
-    return [index for group in groups for index in np.resize(group, max(map(len, groups))).tolist()]
+    most = max(map(len, groups))
+    return [index for group in groups for index in np.resize(group, most).tolist()]  # resize repeats from the start
 
 
 def make_train_sets(

@@ -20,7 +20,8 @@ from utils.image import picture_size, rescale_point
 
 log = logging.getLogger(__name__)
 
-BORDER_WIDTH = 1 / 16  # of the pixels beside the outline that half of the random clicks fall on; share of the edge
+# Half of the random clicks fall within this distance of the outline, as a share of the image's edge.
+BORDER_WIDTH = 1 / 16
 
 
 class Click(NamedTuple):
@@ -32,8 +33,11 @@ class Click(NamedTuple):
 
 
 def read_points(records: Sequence[Record]) -> list[list[Click]]:
-    """The fixed points of each record in pixels of its photograph, from the points.csv of its split; a missing point is
-    logged. InputError for a name that is not prepared, a class that the photograph lacks, or a point outside it."""
+    """The fixed points of each record, in pixels of its photograph, from the points.csv of the split.
+
+    A missing point is logged. InputError for a name that was not prepared, a class that the photograph does not have,
+    or a point outside it.
+    """
     path = records[0].image.parents[2] / "points.csv"
     again = f"Run: python dataset/dataset_prep.py {path.parents[1]}"
     if not path.is_file():
@@ -76,8 +80,8 @@ def _read_point(row: dict[str, str], record: Record) -> Click:
 
 
 def click_target(mask: Tensor, on_pet: Tensor) -> Tensor:
-    """Targets (B, H, W) uint8 of clicks on masks (B, H, W) of classes, with `on_pet` (B,) bool: 1 on the clicked side
-    of the outline, 0 on the other, 255 where the mask is 255."""
+    """Targets (B, H, W) uint8 of one click on each of the masks (B, H, W): 1 on the clicked side of the outline, 0 on
+    the other, 255 where the mask is 255. `on_pet` (B,) bool is the clicked side."""
     target = (foreground(mask) == on_pet[:, None, None]).to(torch.uint8)
     return torch.where(mask == IGNORE, IGNORE, target)
 
@@ -85,9 +89,9 @@ def click_target(mask: Tensor, on_pet: Tensor) -> Tensor:
 class RandomClickDataset(PetDataset):
     """Pets with two random clicks on every augmented image, one on the pet and one on the background, for training.
 
-    Items also have `points` (2, 2), x and y in pixels of the item's image, and `on_pet` (2,). Each click falls near the
-    outline with probability 1/2 (Xu et al. 2016). With probability 1/2 each click is the other's negative point (RITM,
-    Sofiiuk et al. 2022) in `negative_points` (2, 2), else these are NaN.
+    Items also have `points` (2, 2), x and y in pixels of the item's image, and `on_pet` (2,) bool. Each click is
+    near the outline with probability 1/2 (Xu et al. 2016). With probability 1/2 each click is the negative point of the
+    other (RITM, Sofiiuk et al. 2022) in `negative_points` (2, 2), otherwise these are NaN.
     """
 
     class_table = CLICKS
@@ -109,15 +113,18 @@ class RandomClickDataset(PetDataset):
 
 
 class FixedClickDataset(PetDataset):
-    """Pets with the fixed points of points.csv, for validation: a sample is a photograph with one of its points. Items
-    have the keys of RandomClickDataset, with one point each and no negative point."""
+    """Pets with the fixed points of points.csv, for validation: a sample is a photograph with one of its points.
+
+    Items have the keys of RandomClickDataset with one point, (1, 2); `negative_points` are NaN.
+    """
 
     class_table = CLICKS
 
     def __post_init__(self) -> None:
         super().__post_init__()
         new_size = (self.size, self.size)
-        photographs, self.indices, self.clicks = self.indices, [], []
+        photographs = self.indices
+        self.indices, self.clicks = [], []  # one of each per sample
         for index, clicks in zip(photographs, read_points([self.records[index] for index in photographs])):
             old_size = picture_size(self.records[index].image)
             self.indices += [index] * len(clicks)

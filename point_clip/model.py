@@ -21,9 +21,9 @@ CLICK_CHANNELS = 16
 class PointClip(nn.Module):
     """One logit per pixel: positive where the pixel is on the clicked side of the pet's outline.
 
-    `encoding` is how the network gets the click. "heatmap" (the report's): a Gaussian around it passes through CLIP as
-    a second picture, and the decoder gets both feature maps. "disk" (RITM, Sofiiuk et al. 2022; SimpleClick, Liu et al.
-    2023): a small disk is concatenated to the decoder's output, so that an image is encoded once for all clicks.
+    `encoding` is the form of the click. "heatmap" (the report's): a Gaussian around the click passes through CLIP as a
+    second picture, and the decoder gets both feature maps. "disk" (RITM, Sofiiuk et al. 2022; SimpleClick, Liu et al.
+    2023): a small disk is concatenated to the decoder's features, so that an image is encoded once for all clicks.
 
     `encode(image)` is the work per image, `decode` the work per click; `forward` does both.
     """
@@ -47,7 +47,7 @@ class PointClip(nn.Module):
             self.head = ClickHead(CLICK_CHANNELS)
 
     def encode(self, image: Tensor) -> list[Tensor]:
-        """Features of images (B, 3, H, W) in [0, 1], for `decode`."""
+        """Features of images (B, 3, H, W) in [0, 1], for `decode`: a list of maps (B, C, h, w)."""
         features = self.encoder(image)
         if self.encoding == "heatmap":
             return features
@@ -96,6 +96,7 @@ class PointClip(nn.Module):
         return heatmaps[:, None].expand(-1, 3, -1, -1)  # (N, 3, 224, 224)
 
     def _combine(self, image_maps: Sequence[Tensor], click_maps: Sequence[Tensor], image_size: Sequence[int]) -> Tensor:
+        """Logits (N, 1, H, W) from the encoder's maps of B images and of N heatmaps; `image_size` is (H, W)."""
         clicks = len(click_maps[-1]) // len(image_maps[-1])  # on each image
         image_maps = [part.repeat_interleave(clicks, dim=0) for part in image_maps]
         both = torch.cat([image_maps[-1], click_maps[-1]], dim=1)  # (N, 1536, 7, 7)
@@ -107,8 +108,9 @@ class ClickHead(nn.Module):
     """Logits (N, 1, h, w) of features (N, C, h, w) and clicks (N, 2), x and y in 0..1.
 
     The inputs are the features, their products with the features under each click, and disks around the clicks. The
-    products compare even distant pixels with the click; the disks mark its exact position. The logits start as the
-    similarity to the clicked pixel: the mean of its products over the channels.
+    products compare even distant pixels with the click; the disks mark its exact position. The logits are the
+    similarity to the clicked pixel (the mean of the products over the channels) times a learned scale, plus a learned
+    correction.
     """
 
     def __init__(self, channels: int):
@@ -149,9 +151,9 @@ START_SCALE = 0.2  # of a segmenter's weights, so that the tanh after them does 
 def from_segmenter(segmenter: ClipSegmenter, **options: Any) -> PointClip:
     """A PointClip that starts from a trained segmenter: its encoder, and for the disk encoding also its decoder.
 
-    The disk's features then start as the segmenter's difference between the pet classes and the background, because
-    most wrong clicks are on a background that resembles the pet, or the reverse, and the segmenter classifies most of
-    these pixels correctly. `options` are those of PointClip; base_channels and skips must be the segmenter's.
+    The disk's features then start near the segmenter's difference between the logits of pets and background: most
+    errors are background pixels that resemble the pet, or the reverse, and the segmenter classifies most of these
+    pixels correctly. `options` are those of PointClip; base_channels and skips must be the segmenter's.
     """
     model = PointClip(segmenter.encoder, **options)
     if model.encoding == "disk":
@@ -164,7 +166,7 @@ def from_segmenter(segmenter: ClipSegmenter, **options: Any) -> PointClip:
 
 
 def build_point_clip(*, encoder: dict[str, Any], clip_model: str | None = None, **options: Any) -> PointClip:
-    """The model of a checkpoint's `model_args`. `clip_model`: where external weights are now."""
+    """The model of a checkpoint's `model_args`. `clip_model`: id or folder of external weights that have moved."""
     if clip_model:
         encoder = {**encoder, "clip_model": clip_model}
     return PointClip(rebuild_encoder(**encoder), **options)

@@ -39,12 +39,14 @@ class ClickStatistics(NamedTuple):
 def score_clicks(test: ModelTest) -> str:
     """Score the fixed clicks of a split and ten random clicks per image; returns the scores as text.
 
-    Writes the files of `ModelTest.write` (perturbed images with the fixed clicks only), predictions.png and masks/:
-    NAME.png of the click on the pet, NAME_background.png of the other. The scores are over object and ground.
+    Writes the files of `ModelTest.write`, predictions.png and masks/: NAME.png of the click on the pet,
+    NAME_background.png of the other. Perturbed images are scored with the fixed clicks only. The classes are object and
+    ground.
 
     `own_mask` is the share of clicks inside their own mask; `flips` the share of images where each of the two fixed
-    clicks is in its own mask and not in the other's. `spread` is the standard deviation of an image's object IoU over
-    five random clicks on one side, mean over images. The baseline predicts the true outline, whatever the click.
+    clicks is in its own mask and not in the other's. `spread` holds the mean object IoU of the random clicks, and its
+    standard deviation over the five on one side of an image, mean over images and sides. The baseline predicts the true
+    outline of the pet for every click.
     """
     fixed = dict(zip(test.test_set.names, read_points(test.test_set.records)))
     own: dict[str, ClickStatistics] = {}
@@ -63,14 +65,18 @@ def score_clicks(test: ModelTest) -> str:
 def predict_clicks(
     test: ModelTest, fixed: dict[str, Sequence[Click]], statistics_of: dict[str, ClickStatistics]
 ) -> PredictBatch:
-    """Predictions for the clicks `fixed` on each image, by name; fills `statistics_of` from the clean images."""
+    """Predictions for the clicks `fixed`, by image name, in pixels of the photograph.
+
+    The statistics of the clean images are added to `statistics_of`, by name.
+    """
     model, size = test.model, test.checkpoint["config"]["image_size"]
     index_of = {record.name: index for index, record in enumerate(test.test_set.records)}
     photo_size = {record.name: picture_size(record.image) for record in test.test_set.records}
 
     def predict(batch: dict[str, Any]) -> Iterator[ImagePrediction]:
-        per_image = map(list, zip(*(part.split(1) for part in model.encode(batch["image"]))))
-        for name, label, features in zip(batch["name"], batch["label"], per_image):
+        maps = model.encode(batch["image"])
+        for number, (name, label) in enumerate(zip(batch["name"], batch["label"])):
+            features = [part[number : number + 1] for part in maps]
             clicks = [to_label_pixels(click, photo_size[name], label.shape) for click in fixed[name]]
             masks, targets = predict_one(model, features, clicks, label, size)
             if batch["perturbation"] is None:
@@ -129,7 +135,7 @@ def collect_statistics(label: Tensor, fixed: Clicked, random: Clicked) -> ClickS
 
 def follows_click(masks: Tensor, clicks: Sequence[Click]) -> bool:
     """Whether each of two masks (2, H, W) contains its own click and not the other's."""
-    contains = [[bool(mask[int(click.y), int(click.x)]) for click in clicks] for mask in masks]
+    contains = [[bool(mask[click.y, click.x]) for click in clicks] for mask in masks]
     return contains == [[True, False], [False, True]]
 
 
@@ -139,7 +145,7 @@ def object_iou(counts: Tensor) -> float:
 
 
 def summarize_clicks(per_image: Sequence[ClickStatistics]) -> dict[str, Any]:
-    """The part of metrics.json that only clicks have."""
+    """The keys of metrics.json that only prompted models have."""
     pairs = [pair for image in per_image for pair in image.fixed]
     by_side = {name: [counts for on_pet, counts in pairs if on_pet == side] for side, name in SIDES.items()}
     random = [[iou for on_pet, iou in image.random if on_pet == side] for image in per_image for side in SIDES]
@@ -163,7 +169,7 @@ def summarize_clicks(per_image: Sequence[ClickStatistics]) -> dict[str, Any]:
 
 
 def format_clicks(metrics: dict[str, Any], per_image: Sequence[ClickStatistics]) -> str:
-    """The scores that only clicks have, in percent."""
+    """The scores that only prompted models have, as text, in percent."""
     spread, clicks = metrics["spread"], sum(len(image.hits) for image in per_image)
     images = sum(image.follows is not None for image in per_image)
     by_side = {side: 100 * scores["iou"]["object"] for side, scores in metrics["by_click"].items()}
@@ -179,7 +185,7 @@ def format_clicks(metrics: dict[str, Any], per_image: Sequence[ClickStatistics])
 
 
 def plot_examples(test: ModelTest, per_image: Sequence[ClickStatistics], fixed: dict[str, Sequence[Click]]) -> Figure:
-    """Best, median and worst images: photograph, truth, and the mask of each click, which is marked."""
+    """Best, median and worst images: photograph, truth, and the mask of each fixed click, with the click marked."""
     mean_iou = [nan_mean(object_iou(torch.tensor(counts)) for _, counts in image.fixed) for image in per_image]
     rows = []
     for place, index in pick_examples(mean_iou):

@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from clip_seg.config import ClipTestConfig
-from utils.config import flag, parse, point, run_script
+from utils.config import flag, parse, parse_point, run_script
 from utils.files import InputError
 
 
@@ -21,7 +21,7 @@ class Config(ClipTestConfig):
     """The flags of every model on CLIP, and a click."""
 
     checkpoint: Path = flag(Path("runs/point_clip/best.pt"), "file written by point_clip/train.py")
-    point: tuple | None = flag(None, "with --images: the click, X,Y in pixels of each photograph", parse=point)
+    point: tuple | None = flag(None, "with --images: the click, X,Y in pixels of each photograph", parse=parse_point)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -17,7 +17,7 @@ from utils.files import InputError
 
 @dataclass
 class Config(ClipConfig):
-    """The flags of every model on CLIP, and how the network gets the click."""
+    """The flags of every model on CLIP, the encoding of the click, and a segmenter to start from."""
 
     out: Path = flag(Path("runs/point_clip"), "folder of this run")
     point_encoding: Literal["heatmap", "disk"] = flag(
@@ -45,7 +45,7 @@ def main() -> None:
     from utils.run import start_run
     from utils.train import StepOutput, fit
 
-    criterion = SegmentationLoss(config.loss, "ignore")  # `step` assigns the boundary to a side itself
+    criterion = SegmentationLoss(config.loss, "ignore")  # `step` itself handles --boundary
 
     def step(model, batch):
         clicks = batch["points"].shape[1]  # on every image
@@ -54,8 +54,8 @@ def main() -> None:
         logits = model(batch["image"], batch["points"].flatten(0, 1), negative)
         # A boundary that is learned as background belongs to the object of a click on the background.
         learned = torch.where(mask == IGNORE, 0, mask) if config.boundary == "background" else mask
-        two = torch.cat([torch.zeros_like(logits), logits], dim=1)  # the softmax of (0, z) is the sigmoid of z
-        return StepOutput(criterion(two, click_target(learned, on_pet)), logits, click_target(mask, on_pet))
+        both = torch.cat([torch.zeros_like(logits), logits], dim=1)  # softmax over (0, z): ground and object
+        return StepOutput(criterion(both, click_target(learned, on_pet)), logits, click_target(mask, on_pet))
 
     run = start_run(config, "point_clip")
     train_set, val_set = make_train_sets(config, RandomClickDataset, FixedClickDataset)
@@ -72,7 +72,7 @@ def main() -> None:
 def start_from(config: Config, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """A PointClip that starts from the checkpoint of `--clip-seg`, and the plain values that describe its encoder.
 
-    InputError for a flag that asks for another CLIP or decoder than the checkpoint's.
+    InputError for a flag that selects another CLIP or decoder than the checkpoint's.
     """
     import torch
 

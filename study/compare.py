@@ -11,7 +11,7 @@ from utils.files import InputError
 
 
 def compare(ours: Sequence[Run], theirs: Sequence[Run], resamples: int = 2000) -> dict[str, Any]:
-    """Is the mean IoU of `ours`, a model over seeds, better than of `theirs`?
+    """Is the mean IoU of `ours` (runs of one model over seeds) better than that of `theirs`? Scores in 0..1.
 
     Each resample draws test images with replacement, the same for all runs, and compares the means over the runs on
     each side. The interval covers test-image sampling; the standard deviation covers seeds. InputError when the runs

@@ -1,4 +1,4 @@
-"""The lists of experiments: what study/run.py trains, and what tests, benchmarks and docs iterate over."""
+"""The lists of experiments that study/run.py trains; tests, benchmarks and docs iterate over them."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ class Experiment:
     name: str
     model: str  # folder with train.py and test.py
     flags: tuple[str, ...] = ()
-    starts_from: tuple[str, str, str] | None = None  # a flag, and the experiment and file of a run that it gets
+    starts_from: tuple[str, str, str] | None = None  # a flag; its value is this file of this experiment's run
     baseline: str | None = None  # experiment whose mIoU the report subtracts
     refuses: tuple[str, ...] = ()  # flags that train.py does not take together with `flags`
 

@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 
 from dataset.pet_heatmap import read_points
 from point_clip.scoring import mark_click
@@ -32,7 +33,7 @@ def run_style(number: int) -> tuple[str, Any, str]:
 
 
 def plot_classes(scores: dict[str, dict[str, float | None]], order: Sequence[str], title: str) -> Figure:
-    """The IoU: a group of bars per class and for the mean, a bar per run. `order` holds all runs, for their styles."""
+    """The IoU: a group of bars per class and for the mean, a bar per run. A run's style is its place in `order`."""
     labels = list(next(iter(scores.values())))
     width = 0.8 / len(scores)
     figure = Figure(figsize=(2 + 0.45 * len(labels) * (len(scores) + 1), 3.8), layout="constrained")
@@ -83,7 +84,7 @@ def plot_robustness(studies: dict[str, dict[str, dict[str, Any]]], order: Sequen
 def plot_examples(rows: Sequence[tuple[str, Any]], runs: Sequence[Run], title: str) -> Figure:
     """A row per (caption, record): the photograph, the truth and each run's mask laid over it.
 
-    A prompted run shows the click on the pet and its mask, in the color of the species; a blank if there was no click.
+    A prompted run shows the click on the pet and its mask in the color of the species, or a blank without a click.
     """
     pictures = []
     for caption, record in rows:
@@ -94,7 +95,8 @@ def plot_examples(rows: Sequence[tuple[str, Any]], runs: Sequence[Run], title: s
             if not path.exists():
                 cells.append(np.full_like(photo, 255))
                 continue
-            mask = load_picture(path).resize(photo.shape[1::-1], 0)  # a mask scored at another size is enlarged
+            # A mask that was scored at another size is resized, by nearest neighbor.
+            mask = load_picture(path).resize(photo.shape[1::-1], Image.Resampling.NEAREST)
             if run.prompted:
                 species = np.where(np.asarray(mask) == CLICKS.value("object"), record.species, 0)
                 (click,) = (click for click in read_points([record])[0] if click.on_pet)
@@ -102,12 +104,12 @@ def plot_examples(rows: Sequence[tuple[str, Any]], runs: Sequence[Run], title: s
             else:
                 cells.append(run.class_table.overlay(photo, run.class_table.decode_label(mask)))
         pictures.append((caption, cells))
-    headings = ["photograph", "truth", *(run.name + "\n(a click)" * run.prompted for run in runs)]
+    headings = ["photograph", "truth", *(f"{run.name}\n(a click)" if run.prompted else run.name for run in runs)]
     return plot_pictures(pictures, headings, title, rows[0][1].class_table)
 
 
 def _legend_below(figure: Figure, axes: Sequence[Axes]) -> None:
-    """One legend for all runs in `axes`, of which not every one holds every run."""
+    """One legend for the runs of all `axes`; an axis need not have every run."""
     entries = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
     style = {"loc": "outside lower center", "ncols": min(4, len(entries)), "frameon": False, "fontsize": 8}
     figure.legend(entries.values(), entries, **style)

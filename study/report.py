@@ -96,13 +96,15 @@ def make_figures(runs: Sequence[Run], examples: Sequence[tuple[str, Any]]) -> di
     from study.figures import plot_classes, plot_curves, plot_examples, plot_robustness
     from utils.evaluation import SYNTHETIC_NOTE
 
-    notes = [SYNTHETIC_NOTE] * any(run.metrics["synthetic"] for run in runs)
+    notes = [SYNTHETIC_NOTE] if any(run.metrics["synthetic"] for run in runs) else []
     note = "; ".join([*notes, *(f"* {run.name}: {run.mark}" for run in runs if run.mark)])
-    legend = {run.name: run.title + " (a click)" * run.prompted for run in runs}
+    legend = {run.name: f"{run.title} (a click)" if run.prompted else run.title for run in runs}
     order = list(legend.values())
     figures = {}
-    captions = {"classes": "IoU per class", "classes-prompted": "IoU per class of the models prompted by a click"}
-    for prompted, (name, caption) in enumerate(captions.items()):
+    for prompted, name, caption in (
+        (False, "classes", "IoU per class"),
+        (True, "classes-prompted", "IoU per class of the models prompted by a click"),
+    ):
         if group := {legend[run.name]: run.metrics["iou"] for run in runs if run.prompted == prompted}:
             figures[name] = plot_classes(group, order, note), caption
     logs = {legend[run.name]: run.log for run in runs}
@@ -115,11 +117,11 @@ def make_figures(runs: Sequence[Run], examples: Sequence[tuple[str, Any]]) -> di
 
 
 def describe(run: Run) -> dict[str, Any]:
-    """A run's row of runs.csv: its scores in percent, and what they were made with."""
+    """A run's row of runs.csv: its scores in percent, its settings, data, commit and hardware."""
     metrics, environment = run.metrics, run.metrics["environment"]
     # The report's models had neither skips nor the disk encoding.
-    other = run.config.get("skips") or run.config.get("point_encoding") == "disk"
-    reported = None if other else REPORTED.get(metrics["model"])
+    unreported = run.config.get("skips") or run.config.get("point_encoding") == "disk"
+    reported = None if unreported else REPORTED.get(metrics["model"])
     row: dict[str, Any] = {"run": run.title, "model": metrics["model"]}
     row |= {kind: 100 * metrics[kind]["mean"] for kind in SCORES}
     row |= {f"report_{kind}": value for kind, value in zip(SCORES, reported or ("", "", ""))}
@@ -158,9 +160,10 @@ def format_scores(runs: Sequence[Run]) -> str:
 
 
 def format_seeds(rows: Sequence[dict[str, Any]]) -> str:
-    """A Markdown row per experiment, of rows of runs.csv: mean ± standard deviation over its seeds, "" if all have one.
+    """A Markdown table, a row per experiment: mean ± standard deviation over its seeds, from rows of runs.csv.
 
     The gain is the difference in mIoU to the experiment's baseline with the same seed (study/experiments.py).
+    Returns "" when every experiment has one seed.
     """
     labels = _class_heads(rows[0])
     forms = {"iou": ".1f", **dict.fromkeys(labels, ".1f"), "psnr": ".1f", "ssim": ".3f"}
@@ -217,8 +220,8 @@ def format_report(runs: Sequence[Run], figures: dict[str, str]) -> str:
 
 
 def format_retained(runs: Sequence[Run]) -> str:
-    """A Markdown row per run: its mean Dice at the last level of each perturbation, in percent of the clean one, and
-    their mean over the perturbations that all runs have."""
+    """A Markdown table, a row per run: its mean Dice at the last level of each perturbation, in percent of the clean
+    one, and the mean over the perturbations that all runs have."""
     retained = {
         run.title: {name: 100 * entry["retained_last"] for name, entry in run.robustness["perturbations"].items()}
         for run in runs

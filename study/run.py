@@ -1,7 +1,7 @@
 """python study/run.py --data Dataset --out runs/study -- --epochs 30
 
 Prepare and explore the data, train and test every experiment of a list, write the report. Flags after `--` go to every
-train.py that has them. Started again with the same flags, it continues where it was stopped.
+train.py that has them. Started again with the same flags, it continues after an interruption.
 """
 
 import importlib
@@ -20,7 +20,7 @@ from study.experiments import LISTS, Experiment
 from utils.config import RESUMABLE, Terminated, as_plain_dict, flag, flag_name, parse, run_script
 from utils.files import InputError, read_json
 
-SET_BY_STUDY = {"--data", "--out", "--seed", "--resume"}  # flags of the trainings that differ from run to run
+SET_BY_STUDY = {"--data", "--out", "--seed", "--resume"}  # flags of train.py that the study itself sets
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Planned(NamedTuple):
         return self.folder / MODELS[self.experiment.model].checkpoint
 
     def is_tested(self, perturb: bool) -> bool:
-        """Whether test.py has written its last file."""
+        """Whether test.py has written its scores."""
         return (self.checkpoint.parent / "test" / ("robustness.json" if perturb else "metrics.json")).exists()
 
 
@@ -63,7 +63,8 @@ def main() -> None:
     runs = plan(config, passed)
     for run in runs:
         refuse_other_settings(run)
-    execute(["dataset/dataset_prep.py", config.data, *(["--synthetic", config.synthetic] if config.synthetic else [])])
+    drawn = ["--synthetic", config.synthetic] if config.synthetic else []
+    execute(["dataset/dataset_prep.py", config.data, *drawn])
     check_clip([run for run in runs if not run.is_tested(config.perturb)])
     print(f"study of {len(runs)} runs")
     for run in runs:
@@ -71,11 +72,11 @@ def main() -> None:
         print(f"  {run.folder}: {state}, {run.config.epochs} epochs", flush=True)
     execute(["dataset/exploration.py", config.data, "--out", config.out / "exploration"])
     shared = [part for name in ("--workers", "--device") for part in passed.get(name, [])]
-    test_flags = ["--data", config.data, *shared, *["--perturb"] * config.perturb]
+    test_flags = ["--data", config.data, *shared, *(["--perturb"] if config.perturb else [])]
     for number, run in enumerate(runs, start=1):
         print(f"--- {number} of {len(runs)}: {run.folder}", flush=True)
         if not run.is_tested(config.perturb):
-            resume = ["--resume"] * (run.folder / "config.json").exists()
+            resume = ["--resume"] if (run.folder / "config.json").exists() else []
             execute([f"{run.experiment.model}/train.py", *run.flags, *resume])
             execute([f"{run.experiment.model}/test.py", "--checkpoint", run.checkpoint, *test_flags])
     out = config.results or config.out / "report"
@@ -121,7 +122,7 @@ def plan(config: Config, passed: dict[str, list[str]]) -> list[Planned]:
 
 
 def refuse_other_settings(run: Planned) -> None:
-    """InputError when a run has begun with other settings; the number of workers, the device and such may change."""
+    """InputError when a run was started with other settings; RESUMABLE ones, except epochs and patience, may differ."""
     path, now = run.folder / "config.json", as_plain_dict(run.config)
     saved = read_json(path) if path.exists() else now
     fixed = [name for name in now if name not in RESUMABLE - {"epochs", "patience"}]
@@ -132,7 +133,7 @@ def refuse_other_settings(run: Planned) -> None:
 
 
 def check_clip(runs: Sequence[Planned]) -> None:
-    """InputError before hours of other work when the CLIP weights that a run needs are missing."""
+    """InputError when the CLIP weights that a run needs are missing, before hours of other work."""
     for clip_model in {run.config.clip_model for run in runs if not getattr(run.config, "clip_random_init", True)}:
         from clip_seg.weights import load_vision
 

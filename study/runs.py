@@ -26,7 +26,7 @@ class Run:
     counts: np.ndarray  # (images, C, C), row = truth
     robustness: dict[str, Any] | None
     reconstruction: dict[str, Any] | None
-    mark: str = ""  # why its scores cannot be compared with the first run's
+    mark: str = ""  # the reason if its scores cannot be compared with the first run's
 
     @property
     def prompted(self) -> bool:
@@ -34,12 +34,13 @@ class Run:
 
     @property
     def class_table(self) -> ClassTable:
-        """The classes of its masks; runs from before config.json held them have today's."""
+        """The classes of its masks. Older runs, whose config.json does not hold them, have today's."""
         plain = self.config.get("class_table")
         return ClassTable.from_plain_dict(plain) if plain else CLICKS if self.prompted else PETS
 
     @property
     def title(self) -> str:
+        """The name, with an asterisk if the run is marked."""
         return f"{self.name}{'*' if self.mark else ''}"
 
 
@@ -55,7 +56,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def read_run(name: str, folder: Path) -> Run:
-    """One run. InputError when its folder has no scores, or a file of them is missing."""
+    """One run. InputError when a file of its training or of its test is missing."""
     from models import MODELS  # imports torch
 
     stages = [(folder / model.checkpoint).parent for model in MODELS.values()]  # the autoencoder's is a subfolder
@@ -84,9 +85,9 @@ def read_run(name: str, folder: Path) -> Run:
 
 
 def mark_differences(runs: Sequence[Run], *, allowed: bool) -> None:
-    """Mark the runs whose scores were made on other images or labels, or at another size, than those of the first.
+    """Mark the runs with scores on other images, against other labels or at another size than the first run's.
 
-    InputError, unless that is `allowed`; it names the differences.
+    InputError that names the differences, unless they are `allowed`.
     """
     first = runs[0]
     for run in runs[1:]:

@@ -1,4 +1,4 @@
-"""A command line from a dataclass: fields are flags, and their defaults stand only here and in the models' Configs.
+"""Command lines from dataclasses: each field is a flag. Defaults are defined only here and in the scripts' Configs.
 
 This file imports nothing heavy, so that every script answers `--help` immediately.
 """
@@ -23,10 +23,10 @@ from utils.files import InputError, read_json
 
 Config = TypeVar("Config")
 
-# Flags that a resumed run may change: how and how long it runs, not what it learns.
+# Flags that a resumed run may change: length, speed and place of the training. All others determine its result.
 RESUMABLE = {"resume", "data", "epochs", "patience", "workers", "device", "compile", "out", "micro_batch_size"}
 
-# Flags of earlier versions, and what to use instead.
+# Flags of earlier versions, and their replacements.
 REMOVED_FLAGS = {"--accumulate": "--batch-size counts the images of an optimizer step; use --micro-batch-size"}
 
 # The processes on this machine share its cores.
@@ -36,7 +36,7 @@ WORKERS = min(8, max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD
 def flag(default: Any, help: str, *, low: float = -math.inf, high: float = math.inf, **metadata: Any) -> Any:
     """A dataclass field that is a flag: `low` and `high` are the smallest and largest value allowed.
 
-    `parse` turns text into a value; `positional=True` omits the dashes; `removed` says what replaces former values.
+    `parse` turns text into a value; `positional=True` omits the dashes; `removed` maps former values to hints.
     """
     return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, **metadata})
 
@@ -53,20 +53,19 @@ def number_or(word: str) -> Callable[[str], str | int]:
 
 
 def weighted_sum(text: str, names: Collection[str]) -> dict[str, float]:
-    """The weight of each term of a sum such as "mse+0.5*ssim" of distinct `names`; argparse's error if it is none."""
+    """The weight of each term of a sum such as "mse+0.5*ssim" of distinct `names`; ArgumentTypeError if it is none."""
     terms: dict[str, float] = {}
     for part in text.split("+"):
         match = re.fullmatch(r"(?:(\d*\.?\d+)\*)?([\w-]+)", part)
         if match is None or match[2] not in names or match[2] in terms or float(match[1] or 1) == 0:
-            first, *_, last = names
-            example = f"or a weighted sum of them such as {first}+0.5*{last}"
+            example = f"or a weighted sum of them such as {list(names)[0]}+0.5*{list(names)[-1]}"
             raise argparse.ArgumentTypeError(f"expected one of {', '.join(names)}, {example}, got {text!r}")
         terms[match[2]] = float(match[1] or 1)
     return terms
 
 
-def point(text: str) -> tuple[float, float]:
-    """`X,Y` in pixels of a photograph, origin top left."""
+def parse_point(text: str) -> tuple[float, float]:
+    """(x, y) of the text `X,Y`, in pixels of a photograph, origin top left."""
     try:
         x, y = map(float, text.split(","))
     except ValueError:
@@ -74,8 +73,8 @@ def point(text: str) -> tuple[float, float]:
     return x, y
 
 
-def loss(text: str) -> str:
-    """A weighted sum of the losses of utils/loss.py."""
+def parse_loss(text: str) -> str:
+    """The text itself, after checking that it is a weighted sum of the losses of utils/loss.py."""
     from utils.loss import LOSSES  # imports torch, which a script that was given --loss needs anyway
 
     weighted_sum(text, LOSSES)
@@ -84,7 +83,7 @@ def loss(text: str) -> str:
 
 @dataclass
 class TrainConfig:
-    """Flags that every train.py shares (report: Adam, batch 64, at most 50 epochs, cross-entropy, early stopping)."""
+    """Flags that every train.py shares; the defaults of the recipe are the report's (docs/models.md)."""
 
     data: Path = flag(Path("Dataset"), "folder prepared by dataset/dataset_prep.py")
     out: Path = flag(Path("runs/model"), "folder of this run")
@@ -105,7 +104,7 @@ class TrainConfig:
     weight_decay: float = flag(0.0, "weight decay of Adam", low=0)
     image_size: int = flag(256, "edge in pixels of the square that images are resized to", low=32)
     loss: str = flag(
-        "cross-entropy", "a loss of utils/loss.py, or a weighted sum such as cross-entropy+0.5*dice", parse=loss
+        "cross-entropy", "a loss of utils/loss.py, or a weighted sum such as cross-entropy+0.5*dice", parse=parse_loss
     )
     boundary: Literal["background", "ignore"] = flag("background", "how the loss treats the boundary band")
     val_fraction: float = flag(0.1, "share of TrainVal used for validation", low=0.001, high=0.9)
@@ -159,7 +158,7 @@ def parse(config_class: type[Config], doc: str, argv: list[str] | None = None) -
     """Read the command line into `config_class`; unknown flags and bad values end the script with exit code 2.
 
     With `--resume`, flags that were not given are read from the config.json of the run. InputError when there is no run
-    to resume, or a given flag would change what the run learns.
+    to resume, or a given flag that is not in RESUMABLE has another value than in the run.
     """
     parser = argparse.ArgumentParser(description=doc, argument_default=argparse.SUPPRESS, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -193,7 +192,7 @@ def as_plain_dict(config: Any) -> dict:
 
 
 def restore_fields(config_class: type, values: dict, *, source: Path) -> dict:
-    """Undo `as_plain_dict`: field values by name. InputError when `source` is the config of another script."""
+    """Inverse of `as_plain_dict`: field values by name. InputError when `source` is the config of another script."""
     hints = typing.get_type_hints(config_class)  # of all fields
     if "accumulate" in values:  # its batch size was that of one process
         raise InputError(f"{source} is of an earlier version: test it, or start a new run with another --out")
@@ -227,7 +226,7 @@ def run_script(main: Callable[[], int | None]) -> None:
     signal.signal(signal.SIGTERM, terminate)
     try:
         code = main()
-        if distributed := sys.modules.get("utils.distributed"):  # only scripts that train or test import it, and torch
+        if distributed := sys.modules.get("utils.distributed"):  # only scripts that use torch import it
             distributed.destroy_distributed()
         sys.exit(code)
     except KeyboardInterrupt as stop:

@@ -33,19 +33,20 @@ SYNTHETIC_NOTE = "synthetic drawings: scores are not comparable to any benchmark
 
 
 class ImagePrediction(NamedTuple):
-    """Predictions and targets of one image, classes (K, H, W) at the label's size: K = 1, or one per click."""
+    """Predicted and true classes of one image at its label's size; K = 1, or the number of clicks."""
 
-    masks: Tensor
-    targets: Tensor
+    masks: Tensor  # (K, H, W)
+    targets: Tensor  # (K, H, W), 255 = ignored
     suffixes: Sequence[str] = ("",)  # each mask is saved as NAME + suffix + ".png"
 
 
-# Takes a batch on the device: `image` float (B, 3, H, W), `label`, `name`, and `perturbation` (None: clean images).
+# Yields the predictions of each image of a batch, in order. The batch is on the device: `image` (B, 3, H, W) in [0, 1];
+# `label` and `name`, lists of B labels (H, W) and names; `perturbation`, its name or None for clean images.
 PredictBatch = Callable[[dict[str, Any]], Iterator[ImagePrediction]]
 
 
 def predict_classes(model: nn.Module) -> PredictBatch:
-    """Predictions of a segmenter. The logits are resized to the label's size, not the label."""
+    """Predictions of a segmenter. The logits are resized to the label's size; the label is not resized."""
 
     def predict(batch: dict[str, Any]) -> Iterator[ImagePrediction]:
         for logits, label in zip(model(batch["image"]), batch["label"]):
@@ -56,12 +57,12 @@ def predict_classes(model: nn.Module) -> PredictBatch:
 
 @dataclass
 class Evaluation:
-    """Confusion counts (N, V, C, C) of each image in each variant, row = truth; variant 0 is the clean image."""
+    """Confusion counts of N images in V variants, row = truth, column = prediction; variant 0 is the clean image."""
 
-    counts: Tensor
+    counts: Tensor  # (N, V, C, C) int64
     variants: Sequence[Variant]
     class_table: ClassTable
-    seconds: float
+    seconds: float  # of the whole evaluation, loading included
     names: Sequence[str]
     labels: Sequence[int]  # checksums: scores on different labels must not be compared
 
@@ -76,7 +77,7 @@ class Evaluation:
         return [nan_mean(ConfusionMatrix(self.class_table.names, counts).iou()) for counts in self.counts[:, 0]]
 
     def metrics(self) -> dict[str, Any]:
-        """The scores over all clean images together, per image, and of predicting the background everywhere."""
+        """The scores of all clean images together, the mean IoU per image, and the scores of the baseline."""
         per_image = sorted(iou for iou in self.image_iou if not math.isnan(iou))  # NaN: all pixels are ignored
         worst = per_image[: max(1, round(0.05 * len(per_image)))]
         return {
@@ -108,9 +109,10 @@ def evaluate(
 ) -> Evaluation:
     """Count predictions against targets for every image of `test_set`, clean and under its perturbations.
 
-    Each image is loaded once. The targets have the classes of `class_table` (default: the data set's). With `masks` the
-    predictions of the clean images are written there. Every rank returns the counts of all images. The data set has
-    `names`, `class_table` and `perturbations`; its items have `image`, `label`, `name` and `noise/*`.
+    Each image is loaded once. The targets have the classes of `class_table` (default: the data set's). The
+    predictions of the clean images are written to the folder `masks`, if given. Every rank returns the counts of all
+    images. The data set has `names`, `class_table` and `perturbations`; its items have `image`, `label`, `name` and
+    `noise/*`.
     """
     names, variants, began = test_set.names, list_variants(test_set.perturbations), time.perf_counter()
     if len(names) < world_size():
@@ -129,10 +131,10 @@ def evaluate(
             batch["label"] = [torch.from_numpy(label).to(device) for label in batch["label"]]
             batch |= {key: batch[key].to(device) for key in batch if key == "image" or key.startswith("noise/")}
             for number, variant in enumerate(variants):
-                perturbation = variant.perturbation and variant.perturbation.name
+                perturbation = None if variant.perturbation is None else variant.perturbation.name
                 inputs = {**batch, "image": variant.apply(batch), "perturbation": perturbation}
                 predictions = list(predict_batch(prepare_batch(inputs, device)))
-                tables = [count_confusion(one.masks, one.targets, size) for one in predictions]
+                tables = [count_confusion(image.masks, image.targets, size) for image in predictions]
                 counts[indices, number] = torch.stack(tables).cpu()
                 if masks and variant.perturbation is None:
                     files = [
@@ -140,7 +142,7 @@ def evaluate(
                         for name, prediction in zip(batch["name"], predictions)
                         for suffix, mask in zip(prediction.suffixes, prediction.masks)
                     ]
-                    list(pool.map(save_mask, *zip(*files)))
+                    list(pool.map(lambda file: save_mask(*file), files))  # `list` waits, and raises errors
                 bar.update(len(indices) * world_size())
     counts, checksums = (all_reduce_sum(part.to(device)).cpu() for part in (counts, checksums))
     return Evaluation(counts, variants, class_table, time.perf_counter() - began, names, checksums.tolist())
@@ -157,16 +159,16 @@ class ModelTest(NamedTuple):
 
     @property
     def note(self) -> str:
-        """A warning for titles."""
+        """A warning for titles if the images are drawings, else ""."""
         return SYNTHETIC_NOTE if self.test_set.synthetic else ""
 
     def evaluate(self, predict_batch: PredictBatch, class_table: ClassTable) -> Evaluation:
-        """`evaluate` with masks, after deleting earlier scores. InputError if the checkpoint has other classes."""
+        """Delete earlier scores, then `evaluate` with masks. InputError if the checkpoint has other classes."""
         trained, config = class_table_of(self.checkpoint).names, self.config
         if trained != class_table.names:
             found = f"{config.data} has {', '.join(class_table.names)}"
             raise InputError(f"{config.checkpoint} was trained on the classes {', '.join(trained)}, {found}")
-        config.results.mkdir(parents=True, exist_ok=True)  # problems with the folder show before the work, not after
+        config.results.mkdir(parents=True, exist_ok=True)  # an unusable folder is an error before the work, not after
         for name in ("metrics.json", "robustness.json", "robustness.csv", "robustness.png"):
             (config.results / name).unlink(missing_ok=True)
         options = {"batch_size": config.batch_size, "workers": config.workers, "masks": config.results / "masks"}
@@ -227,7 +229,10 @@ def run_test(
     scoring: Callable[[ModelTest], str] = score,
     default_classes: ClassTable = PETS,
 ) -> None:
-    """The work of every test.py: rebuild the model, score the split or segment `--images`, and print the result."""
+    """The body of every test.py: rebuild the model, score the split or segment `--images`, and print the result.
+
+    `build(**model_args)` makes the network, `make_test_set(config, image_size)` the data, `scoring(test)` the text.
+    """
     device = init_distributed(config.device)
     model, checkpoint = restore_model(config.checkpoint, build, model_name, device, default_classes=default_classes)
     if config.images:
@@ -248,7 +253,7 @@ def example_arrays(record: Any, mask: Path, score_size: str | int) -> tuple[np.n
 
 
 def pick_examples(scores: Sequence[float], each: int = 2) -> list[tuple[str, int]]:
-    """(place, index) of the images with the best, median and worst scores, `each` of a kind, none twice, no NaN."""
+    """(place, index) of `each` images with the best, median and worst scores, best first; none twice, none with NaN."""
     order = sorted((i for i, score in enumerate(scores) if not math.isnan(score)), key=lambda i: -scores[i])
     middle = max(0, (len(order) - each) // 2)
     picked = dict.fromkeys(order[middle : middle + each], "median")
@@ -257,7 +262,7 @@ def pick_examples(scores: Sequence[float], each: int = 2) -> list[tuple[str, int
 
 
 def format_scores(metrics: dict[str, Any], title: str) -> str:
-    """The scores as a table in percent, with the trivial baseline below."""
+    """The scores as a table in percent, with the baseline below."""
 
     def line(name: str, scores: dict[str, Any], label: str) -> str:
         return f"  {name:22}" + "".join(f"{_percent(scores[kind][label]):>10}" for kind in ("iou", "dice", "accuracy"))

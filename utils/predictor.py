@@ -26,17 +26,17 @@ def resize_logits(logits: Tensor, size: Sequence[int]) -> Tensor:
 
 
 class Prediction(NamedTuple):
-    """At the photograph's own size: classes (H, W) uint8, and probabilities (C, H, W) float32 that sum to 1."""
+    """Classes and their probabilities at the photograph's own size, numbered as in `Predictor.class_table`."""
 
-    mask: np.ndarray
-    probabilities: np.ndarray
+    mask: np.ndarray  # (H, W) uint8
+    probabilities: np.ndarray  # (C, H, W) float32, sum 1 over C
 
 
 class Predictor:
     """Predicts masks of photographs with a model and its checkpoint (`models.load_model`), on the model's device.
 
-    `set_image` once per photograph, then `predict`, for a model that is prompted by clicks as often as needed: the
-    photograph is encoded once. Points are (x, y) in pixels of the photograph, origin top left.
+    Call `set_image` once per photograph, then `predict`. A model prompted by clicks encodes the photograph once for any
+    number of calls of `predict`. Points are (x, y) in pixels of the photograph, origin top left.
     """
 
     def __init__(self, model: nn.Module, checkpoint: dict[str, Any]):
@@ -65,14 +65,15 @@ class Predictor:
     ) -> Prediction:
         """The mask of the photograph; for a prompted model the object under the clicks `points` (N, 2).
 
-        `positive` (N,): whether each click is on the object (default: all). Models take one positive and at most one
-        negative click. InputError for a point outside the photograph, or clicks that do not fit the model.
+        `positive` (N,): whether each click is on the object (default: all). A model takes one positive and at most one
+        negative click, with the heatmap encoding none. InputError for a point outside the photograph, or clicks that do
+        not fit the model.
         """
         if self.picture is None:
             raise InputError("set_image comes before predict")
         if self.prompted:
-            logits = self._decode(points or (), positive)
-        elif points:
+            logits = self._decode(() if points is None else points, positive)
+        elif points is not None and len(points):
             raise InputError("this model is not prompted by clicks: leave the points out")
         else:
             logits = self.model(self._image)
@@ -109,7 +110,7 @@ def predict_photographs(
 ) -> str:
     """Write NAME_mask.png (indexed) and NAME_overlay.jpg of photographs, files or folders, to `out`; returns a summary.
 
-    Photographs are rotated upright as their EXIF orientation says; ranks share them. A prompted model gets the same
+    Photographs are rotated upright (EXIF); the ranks share them. A prompted model gets the same
     click `point` (x, y) on each. Photographs that cannot be read are named in an InputError after the others are done.
     """
     if predictor.prompted and point is None:

@@ -1,4 +1,4 @@
-"""How scores fall when images are perturbed: the variants that an evaluation scores, and their summary."""
+"""Scores on perturbed images: the variants that an evaluation scores, and their summary."""
 
 import itertools
 import math
@@ -19,12 +19,12 @@ from utils.metric import ConfusionMatrix
 
 
 class Perturbation(Protocol):
-    """What an evaluation needs of a perturbation (dataset/perturbation.py)."""
+    """The part of a perturbation (dataset/perturbation.py) that an evaluation uses."""
 
     name: str
     unit: str
     amounts: tuple[float, ...]
-    draws: int  # how often each image is scored per level
+    draws: int  # number of noise draws: each image is scored with each of them at every level
 
     def __call__(self, image: Tensor, level: int, noise: Tensor | None) -> Tensor: ...
 
@@ -55,7 +55,7 @@ def list_variants(perturbations: Sequence[Perturbation]) -> list[Variant]:
 
 
 def select_levels(counts: Tensor, variants: Sequence[Variant], perturbation: Perturbation) -> list[list[Tensor]]:
-    """Of counts (V, C, C), those (C, C) of one perturbation by level and draw; level 0 is the clean image."""
+    """The counts (C, C) of one perturbation, [level][draw], from `counts` (V, C, C); level 0 is the clean image."""
     of_variant = dict(zip(variants, counts))
     return [
         [of_variant[Variant(perturbation, level, draw) if level else Variant()] for draw in range(perturbation.draws)]
@@ -64,7 +64,7 @@ def select_levels(counts: Tensor, variants: Sequence[Variant], perturbation: Per
 
 
 def score_levels(levels: Sequence[Sequence[Tensor]], class_names: Sequence[str]) -> dict[str, Any]:
-    """{"dice": {class or "mean": [[a score per draw] per level]}, "iou": ...} of counts by level and draw."""
+    """{"dice": {name: scores}, "iou": ...}: name: a class or "mean"; scores[level][draw]: a score of those counts."""
     table = [[ConfusionMatrix(class_names, counts).scores() for counts in draws] for draws in levels]
     return {
         kind: {name: [[draw[kind][name] for draw in draws] for draws in table] for name in (*class_names, "mean")}
@@ -73,23 +73,23 @@ def score_levels(levels: Sequence[Sequence[Tensor]], class_names: Sequence[str])
 
 
 def summarize_levels(scores: dict[str, Any], class_names: Sequence[str]) -> dict[str, float]:
-    """The mean Dice as a share of the clean one, at the last level and on average over levels 1 to 9; and the area
-    under its curve over the levels (trapezoids), which is 1 if the Dice is 1 at every level. The mean is over
-    `class_names`, the classes of the truth: a class that is only predicted would change it.
+    """`retained_last`, `retained_mean` and `area` of the mean Dice over the levels (docs/metrics.md).
+
+    The mean is over `class_names`, the classes of the truth: a class that occurs only in predictions would change it.
     """
     levels = zip(*(scores["dice"][name] for name in class_names))
     curve = [statistics.fmean(value for draws in level for value in draws) for level in levels]
     clean = curve[0] or math.nan
-    area = sum((one + two) / 2 for one, two in itertools.pairwise(curve)) / (len(curve) - 1)
+    area = sum((left + right) / 2 for left, right in itertools.pairwise(curve)) / (len(curve) - 1)  # trapezoids
     return {"retained_last": curve[-1] / clean, "retained_mean": statistics.fmean(curve[1:]) / clean, "area": area}
 
 
 def summarize_robustness(counts: Tensor, variants: Sequence[Variant], class_table: ClassTable) -> dict[str, Any]:
-    """The content of robustness.json of counts (V, C, C): scores and summary of each perturbation, and their means."""
+    """The content of robustness.json from counts (V, C, C): scores and summary of each perturbation, and means."""
     truth = counts[0].sum(dim=1)
     present = [name for name, pixels in zip(class_table.names, truth) if pixels]
     perturbations = dict.fromkeys(variant.perturbation for variant in variants if variant.perturbation)
-    summary: dict[str, Any] = {"draws": max(way.draws for way in perturbations), "perturbations": {}}
+    summary: dict[str, Any] = {"draws": max(one.draws for one in perturbations), "perturbations": {}}
     for perturbation in perturbations:
         scores = score_levels(select_levels(counts, variants, perturbation), class_table.names)
         about = {"unit": perturbation.unit, "amounts": list(perturbation.amounts)}
@@ -122,7 +122,7 @@ def _rows(summary: dict[str, Any]) -> list[list[Any]]:
 
 def format_robustness(summary: dict[str, Any]) -> str:
     """A line per perturbation, the most harmful first, in percent."""
-    lines = [f"  {'retained mean Dice, %':26}{'last level':>12}{'all levels':>12}{'area':>8}"]
+    lines = [f"  {'retained mean Dice, %':26}{'last level':>12}{'levels 1-9':>12}{'area':>8}"]
     entries = sorted(summary["perturbations"].items(), key=lambda item: item[1]["retained_last"])
     for name, entry in [*entries, ("mean of these", summary)]:
         values = (100 * entry[key] for key in ("retained_last", "retained_mean", "area"))

@@ -29,13 +29,13 @@ LOCK_SECONDS = 10  # loader workers of a killed process need a moment to exit an
 
 
 def start_run(config: TrainConfig, model_name: str) -> Run:
-    """Join the other processes, pick device and precision, seed everything. Call it before the model is built.
+    """Join the other processes, pick device and precision, seed all generators. Call it before building the model.
 
     InputError when `config.out` holds another run and `config.resume` is not set. Nothing is written before `fit`.
     """
     device = init_distributed(config.device)
     refuse_another_run(config)
-    precision = {"auto": "no", "fp32": "no"}.get(config.precision, config.precision)
+    precision = "no" if config.precision in ("auto", "fp32") else config.precision  # "no": float32
     if config.precision == "auto" and device.type == "cuda":
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if precision == "fp16" and device.type == "cpu":
@@ -55,7 +55,7 @@ def refuse_another_run(config: TrainConfig) -> None:
 class Run:
     """The folder `config.out`: config.json, split.json, log.csv, TensorBoard events, curves.png, last.pt and best.pt.
 
-    `fit` opens it, saves each epoch and closes it. Rank 0 alone writes. `epoch` is the last epoch that was saved.
+    `fit` opens it, saves each epoch and closes it. Only rank 0 writes. `epoch` is the last saved epoch (0: none).
     """
 
     def __init__(self, config: TrainConfig, model_name: str, accelerator: Accelerator):
@@ -69,7 +69,7 @@ class Run:
     ) -> None:
         """Lock the folder, and restore model, optimizer, early stopping and random state if the run is resumed.
 
-        InputError when another process trains into the folder, or it was started with other images or another model.
+        InputError when another process is training into the folder, or the run has other images or another model.
         """
         self.model, self.optimizer, self.stopping = model, optimizer, stopping
         self.model_args, self.class_table = model_args, train_set.class_table
@@ -87,7 +87,7 @@ class Run:
             write_json(self.folder / "split.json", split)
             self.log = TrainingLog(self.folder, last["log"] if last else ())
             if last is None:
-                self._save_last({})  # an interruption in the first epoch leaves a run that can be resumed, too
+                self._save_last({})  # so that a run interrupted in its first epoch can be resumed
 
     def _restore(self, split: dict[str, list[str]]) -> dict[str, Any] | None:
         """Continue from last.pt; returns its content, or None when the run was killed before it was written."""
@@ -167,12 +167,12 @@ def seed_everything(seed: int) -> None:
 
 
 def random_state() -> dict[str, Any]:
-    """The state of PyTorch's random generators, for a checkpoint."""
+    """The state of PyTorch's random generators (CPU and CUDA), for a checkpoint."""
     return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Undo `random_state`. The state of a GPU that this machine does not have is ignored."""
+    """Restore the result of `random_state`. The state of a GPU that this machine does not have is ignored."""
     torch.set_rng_state(state["cpu"])
     for index, cuda_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(cuda_state, index)

@@ -31,9 +31,9 @@ log = logging.getLogger(__name__)
 
 
 class StepOutput(NamedTuple):
-    """What `step(model, batch)` returns: the loss to minimize, and logits and target to score (None: not scored)."""
+    """The result of `step(model, batch)`: the loss to minimize, and logits and target to score (None: not scored)."""
 
-    loss: Tensor
+    loss: Tensor  # scalar
     logits: Tensor | None = None  # (B, C, H, W)
     target: Tensor | None = None  # (B, H, W), 255 = ignored
 
@@ -67,7 +67,7 @@ class EarlyStopping:
 
 
 class TrainingLog:
-    """One row per epoch, in log.csv and as TensorBoard scalars; `rows` are those of a run that is resumed."""
+    """One row per epoch, in log.csv and as TensorBoard scalars; `rows` are the earlier epochs of a resumed run."""
 
     def __init__(self, folder: Path, rows: Sequence[dict[str, float]] = ()):
         self.folder = folder
@@ -96,11 +96,12 @@ class TrainingLog:
 def fit(
     model: nn.Module, step: Step, train_set: Dataset, val_set: Dataset, run: Run, model_args: dict[str, Any]
 ) -> None:
-    """Train `model` with `step` until the epochs are over or the validation loss no longer improves.
+    """Train `model` with `step` until all epochs are done or the validation loss no longer improves.
 
-    Fills the run folder. A resumed run continues after the epoch of last.pt, on the CPU bit for bit as if it had never
-    stopped. Frozen parameters stay out of the optimizer. The data sets have `class_table` and `names`. InputError when
-    the folder holds another run, there are fewer images than a batch, or the loss is not finite (last.pt stays good).
+    Writes the run folder. A resumed run continues after the epoch of last.pt, on the CPU bit for bit as if it had never
+    stopped. Frozen parameters are not given to the optimizer. The data sets have `class_table` and `names`. InputError
+    when the folder holds another run, there are fewer training images than `batch_size`, or the loss is not finite;
+    last.pt then still holds the last complete epoch.
     """
     config, accelerator, device, class_names = run.config, run.accelerator, run.device, train_set.class_table.names
     train_loader, val_loader = make_loaders(model, step, train_set, val_set, run)
@@ -108,7 +109,8 @@ def fit(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=config.lr, weight_decay=config.weight_decay, fused=True)
     stopping = EarlyStopping(config.patience, config.min_delta)
-    # Compiled and distributed wrappers share the parameters of `model`, whose own names go into the checkpoint.
+    # The wrappers for compiling and for several GPUs share the parameters of `model`. Checkpoints are saved from
+    # `model`, so that the wrappers add no prefix to the names.
     wrapped, optimizer = accelerator.prepare(compile_model(model, device) if config.compile else model, optimizer)
     run.open(model, optimizer, stopping, model_args, train_set, val_set)
     try:
@@ -136,7 +138,7 @@ def fit(
         best = min(run.log.rows, key=lambda row: row["val_loss"])
         reason = "the validation loss no longer improves" if stopping.should_stop else "all epochs done"
         log.info(f"{reason}. Best epoch {best['epoch']} (val_loss {best['val_loss']:.4f}): {run.folder / 'best.pt'}")
-    accelerator.wait_for_everyone()  # a second stage reads what rank 0 wrote
+    accelerator.wait_for_everyone()  # a second stage reads the files that rank 0 wrote
 
 
 def learning_rate(config: TrainConfig, epoch: int) -> float:
@@ -149,7 +151,10 @@ def learning_rate(config: TrainConfig, epoch: int) -> float:
 def make_loaders(
     model: nn.Module, step: Step, train_set: Dataset, val_set: Dataset, run: Run
 ) -> tuple[DataLoader, DataLoader]:
-    """Training and validation loader; each rank loads its share of every batch."""
+    """Training and validation loader; each rank loads its share of every batch.
+
+    InputError when there are fewer training images than `batch_size`, or it is smaller than the number of processes.
+    """
     config, size = run.config, run.config.batch_size
     if len(train_set) < size:
         few = f"{len(train_set)} training images (after balancing) are fewer than a batch of {size}"
@@ -164,9 +169,10 @@ def make_loaders(
 
 
 def find_micro_batch_size(model: nn.Module, step: Step, train_set: Dataset, run: Run) -> int:
-    """The share of a batch, halved until one step on a copy of the model fits in the GPU's memory; equal on all ranks.
+    """A rank's share of a batch in images, halved until a step on a copy of the model fits in the GPU's memory.
 
-    The images of an optimizer step stay the same; only batch-norm statistics depend on the micro-batch size.
+    All ranks return the smallest result. The images of an optimizer step stay the same; only batch-norm statistics and
+    the denominators of the loss depend on the micro-batch size.
     """
     if run.device.type == "cpu":  # running out of memory kills the process there, so there is nothing to try
         raise InputError("--micro-batch-size auto needs a GPU: on a CPU give a number, or leave it out")
@@ -182,7 +188,7 @@ def find_micro_batch_size(model: nn.Module, step: Step, train_set: Dataset, run:
 
 
 def step_fits(model: nn.Module, step: Step, train_set: Dataset, run: Run, size: int) -> bool:
-    """Whether one step on a copy of `model` with `size` images, and a few more, fits in the GPU's memory."""
+    """Whether one step on a copy of `model` with slightly more than `size` images fits in the GPU's memory."""
     clear_device_cache(garbage_collection=True)
     images = size + size // 10 + 1  # a margin, because memory fragments
     batch = collate([train_set[number % len(train_set)] for number in range(images)])
@@ -221,7 +227,7 @@ def train_one_epoch(
 ) -> tuple[float, dict[str, float]]:
     """One pass over `loader`; returns the mean loss per image over all ranks, and further columns of the log.
 
-    A step's gradient is that of the mean loss over its batch, however it is split into micro-batches and ranks.
+    The gradient of a step is the mean over all images of its batch: each micro-batch is weighted by its size.
     """
     accelerator, sampler = run.accelerator, loader.batch_sampler
     model.train()
@@ -241,7 +247,7 @@ def train_one_epoch(
                     accelerator.backward(output.loss * (size * accelerator.num_processes / batch_size))
                 loss_sum += output.loss.detach() * size
                 images += size
-                # The bar redraws at most ten times a second; only then is a value read from the device, which waits.
+                # The bar redraws at most ten times a second. Only then is the loss read, which waits for the device.
                 if bar.update(size * accelerator.num_processes):
                     check_finite(loss_sum.item(), f"training loss in epoch {epoch}", run.config)
                     bar.set_postfix(loss=f"{loss_sum.item() / images:.4f}", refresh=False)
@@ -253,7 +259,7 @@ def train_one_epoch(
 
 
 def check_finite(loss: float, name: str, config: TrainConfig) -> None:
-    """InputError for a loss that is NaN or infinite; raised before a checkpoint is written, so the last one is good."""
+    """InputError for a NaN or infinite loss; called before an epoch is saved, so that last.pt stays finite."""
     if not math.isfinite(loss):
-        hint = f"Start again, with another --out, a lower --lr than {config.lr:g} or --precision fp32."
+        hint = f"Start again with another --out, and a lower --lr than {config.lr:g} or --precision fp32."
         raise InputError(f"{name} is {loss}. {config.out / 'last.pt'} holds the last good epoch. {hint}")
