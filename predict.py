@@ -18,7 +18,7 @@ class Config:
     photographs: list[Path] = flag(None, "photographs, or folders of photographs", positional=True)
     checkpoint: Path = flag(Path("runs/unet/best.pt"), "a checkpoint, or the folder of a run")
     out: Path = flag(Path("masks"), "folder for the masks")
-    point: tuple | None = flag(None, "the click of a prompted model, X,Y in pixels of each photograph", parse=parse_point)
+    point: tuple | None = flag(None, "click for a prompted model, X,Y in pixels of each photograph", parse=parse_point)
     clip_model: str | None = flag(None, "where a frozen CLIP's weights are now (default: where they were in training)")
     device: Literal["auto", "cpu", "cuda", "mps"] = flag("auto", "where to run the model")
 

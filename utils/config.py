@@ -58,8 +58,9 @@ def weighted_sum(text: str, names: Collection[str]) -> dict[str, float]:
     for part in text.split("+"):
         match = re.fullmatch(r"(?:(\d*\.?\d+)\*)?([\w-]+)", part)
         if match is None or match[2] not in names or match[2] in terms or float(match[1] or 1) == 0:
-            example = f"or a weighted sum of them such as {list(names)[0]}+0.5*{list(names)[-1]}"
-            raise argparse.ArgumentTypeError(f"expected one of {', '.join(names)}, {example}, got {text!r}")
+            known = list(names)
+            example = f"or a weighted sum of them such as {known[0]}+0.5*{known[-1]}"
+            raise argparse.ArgumentTypeError(f"expected one of {', '.join(known)}, {example}, got {text!r}")
         terms[match[2]] = float(match[1] or 1)
     return terms
 
