@@ -1,10 +1,5 @@
 """autoencoder/: the model beyond the contract of test_models.py, and the flags that choose an encoder."""
 
-from __future__ import annotations
-
-import re
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -43,38 +38,18 @@ def test_every_pixel_is_reconstructed_from_its_surroundings():
     assert change[-16:, -16:].mean() > 100 * change[:40, :60].mean()
 
 
-def test_frozen_encoder_stays_in_eval_mode():
-    model = AutoencoderSegmenter(Encoder(base_channels=4))
-    for mode in (True, False, True):
-        model.train(mode)
-        assert model.head.training == mode and not any(part.training for part in model.encoder.modules())
-
-
-def save_autoencoder(path: Path, base_channels: int = 2) -> Path:
-    model_args = {"base_channels": base_channels}
-    return save_model(path, Autoencoder(**model_args), "autoencoder/reconstruction", model_args)
-
-
-def test_encoder_comes_from_the_checkpoint_of_a_first_stage(tmp_path):
-    path = save_autoencoder(tmp_path / "best.pt")
-    state = torch.load(path, weights_only=True)["model"]
-    encoder = load_encoder(path, Config(base_channels=2)).state_dict()
-    assert encoder and all(torch.equal(value, state[f"encoder.{key}"]) for key, value in encoder.items())
-
-
 def test_encoders_that_do_not_fit(tmp_path):
-    first = save_autoencoder(tmp_path / "first.pt")
+    """tests/scripts/test_autoencoder_scripts.py has one of another width."""
     unet = save_model(tmp_path / "unet.pt", UNet(base_channels=2), "unet", {"base_channels": 2})
     segmenter = AutoencoderSegmenter(Encoder(base_channels=2))
     second = save_model(tmp_path / "second.pt", segmenter, "autoencoder", {"base_channels": 2})
-    for path, base_channels, message in [
-        (tmp_path / "none.pt", 2, "none.pt: no such checkpoint"),
-        (first, 4, "holds an encoder of 2 base channels, expected 4: give --base-channels 2"),
-        (unet, 2, "holds a unet model, expected autoencoder/reconstruction"),
-        (second, 2, "holds a autoencoder model, expected autoencoder/reconstruction"),
+    for path, message in [
+        (tmp_path / "none.pt", r"none\.pt: no such checkpoint"),
+        (unet, "holds a unet model, expected autoencoder/reconstruction"),
+        (second, "holds a autoencoder model, expected autoencoder/reconstruction"),
     ]:
-        with pytest.raises(InputError, match=re.escape(message)):
-            load_encoder(path, Config(base_channels=base_channels))
+        with pytest.raises(InputError, match=message):
+            load_encoder(path, Config(base_channels=2))
 
 
 def test_unknown_reconstruction_loss_is_a_usage_error(capsys):

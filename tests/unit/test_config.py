@@ -1,9 +1,8 @@
 """utils/config.py: flags are the fields of a dataclass; a script's errors and exit codes."""
 
-from __future__ import annotations
-
 import argparse
 import logging
+import re
 import signal
 import subprocess
 import sys
@@ -47,11 +46,8 @@ def test_values_have_the_types_of_the_fields():
     config = parse(ScoreConfig, "doc", ["--score-size", "256", "--images", "a", "b"])
     assert config.score_size == 256 and config.images == [Path("a"), Path("b")]
     assert parse(ScoreConfig, "doc", []).score_size == "native"
-
-
-@pytest.mark.parametrize("loss", [*LOSSES, "cross-entropy+0.5*dice", "2*dice"])
-def test_loss_may_be_a_weighted_sum(loss):
-    assert parse(TrainConfig, "doc", ["--loss", loss]).loss == loss
+    for loss in (*LOSSES, "cross-entropy+0.5*dice", "2*dice"):
+        assert parse(TrainConfig, "doc", ["--loss", loss]).loss == loss
 
 
 BAD = (
@@ -61,38 +57,26 @@ BAD = (
 )
 
 
-@pytest.mark.parametrize("arguments", [text.split() for text in BAD.split(", ")], ids=" ".join)
-def test_bad_values_end_with_code_2(arguments, capsys):
+BAD_FLAGS = [(TrainConfig, text, text.split()[0]) for text in BAD.split(", ")]
+BAD_FLAGS += [(ScoreConfig, "--images a --perturb", "--perturb scores a split")]
+REMOVED = [flag for name in REMOVED_FLAGS for flag in (f"{name} 2", f"{name}=2")]
+BAD_FLAGS += [
+    (TrainConfig, flag, r"(?s)no longer exists.*use --micro-batch-size")
+    for flag in (*REMOVED, "--batch-size auto", "--batch-size=auto")
+]
+
+
+@pytest.mark.parametrize(("config", "arguments", "message"), BAD_FLAGS)
+def test_bad_flags_end_with_code_2(config, arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
-        parse(TrainConfig, "doc", arguments)
-    assert stop.value.code == 2
-    assert arguments[0] in capsys.readouterr().err
-
-
-REMOVED = [[name, "2"] for name in REMOVED_FLAGS] + [[f"{name}=2"] for name in REMOVED_FLAGS]
-REMOVED += [["--batch-size", "auto"], ["--batch-size=auto"]]
-
-
-@pytest.mark.parametrize("arguments", REMOVED, ids=" ".join)
-def test_removed_flags_name_the_new_one(arguments, capsys):
-    with pytest.raises(SystemExit) as stop:
-        parse(TrainConfig, "doc", arguments)
-    errors = capsys.readouterr().err
-    assert stop.value.code == 2 and "no longer exists" in errors and "use --micro-batch-size" in errors
-
-
-def test_flags_that_exclude_each_other_end_with_code_2(capsys):
-    with pytest.raises(SystemExit) as stop:
-        parse(ScoreConfig, "doc", ["--images", "a", "--perturb"])
-    assert stop.value.code == 2 and "--perturb scores a split" in capsys.readouterr().err
+        parse(config, "doc", arguments.split())
+    assert stop.value.code == 2 and re.search(message, capsys.readouterr().err)
 
 
 def test_config_survives_json(tmp_path):
     config = parse(TrainConfig, "doc", ["--data", "somewhere", "--limit", "8"])
     write_json(tmp_path / "config.json", as_plain_dict(config))
-    assert restore_fields(TrainConfig, as_plain_dict(config), source=tmp_path) == {
-        field.name: getattr(config, field.name) for field in fields(TrainConfig)
-    }
+    assert restore_fields(TrainConfig, as_plain_dict(config), source=tmp_path) == vars(config)
 
 
 def test_resume_takes_the_settings_of_the_run(tmp_path):
@@ -110,23 +94,19 @@ def test_resume_takes_the_settings_of_the_run(tmp_path):
     with pytest.raises(InputError, match="holds no run"):
         parse(TrainConfig, "doc", ["--out", str(tmp_path / "none"), "--resume"])
 
-
-def test_resumable_flags_exist():
     assert {field.name for field in fields(TrainConfig)} >= RESUMABLE
 
 
-def test_run_of_an_earlier_version_cannot_be_resumed(tmp_path):
-    """Its --batch-size was that of one process, and --accumulate multiplied it."""
-    write_json(tmp_path / "config.json", as_plain_dict(TrainConfig(out=tmp_path)) | {"accumulate": 2})
+def test_run_of_an_earlier_version_or_another_model_cannot_be_resumed(tmp_path):
+    """The --batch-size of the earlier version was that of one process, and --accumulate multiplied it."""
+    saved, resume = as_plain_dict(TrainConfig(out=tmp_path)), ["--out", str(tmp_path), "--resume"]
+    write_json(tmp_path / "config.json", saved | {"accumulate": 2})
     with pytest.raises(InputError, match=r"config\.json is of an earlier version.*start a new run") as error:
-        parse(TrainConfig, "doc", ["--out", str(tmp_path), "--resume"])
+        parse(TrainConfig, "doc", resume)
     assert "\n" not in str(error.value)
-
-
-def test_run_of_another_model_cannot_be_resumed(tmp_path):
-    write_json(tmp_path / "config.json", as_plain_dict(TrainConfig(out=tmp_path)))
+    write_json(tmp_path / "config.json", saved)
     with pytest.raises(InputError, match=r"belongs to another model or version \(no base_channels\)"):
-        parse(UNetConfig, "doc", ["--out", str(tmp_path), "--resume"])
+        parse(UNetConfig, "doc", resume)
 
 
 def test_help_lists_every_flag(capsys):
@@ -160,9 +140,8 @@ def test_help_needs_no_heavy_import():
     paths = [*ROOT.glob("*.py"), *(path for path in ROOT.glob("*/*.py") if path.parent.name != "benchmarks")]
     scripts = [path.relative_to(ROOT) for path in paths if "run_script(main)" in path.read_text(encoding="utf-8")]
     assert Path("unet/train.py") in scripts
-    result = subprocess.run(
-        [sys.executable, "-c", HELP_OF_ALL, *map(str, scripts)], cwd=ROOT, capture_output=True, text=True
-    )
+    line = [sys.executable, "-c", HELP_OF_ALL, *map(str, scripts)]
+    result = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
 
@@ -171,13 +150,9 @@ def test_weighted_sum():
     assert weighted_sum("ssim", names) == {"ssim": 1.0}
     assert weighted_sum("mse+0.5*ssim+.25*edge", names) == {"mse": 1.0, "ssim": 0.5, "edge": 0.25}
 
-
-@pytest.mark.parametrize(
-    "text", ["", "l1", "mse+", "mse+mse", "0*mse", "-1*mse", "x*mse", "mse*2", "nan*mse", "mse ssim"]
-)
-def test_bad_weighted_sum(text):
-    with pytest.raises(argparse.ArgumentTypeError, match=r"expected one of mse, ssim, or a weighted sum"):
-        weighted_sum(text, ("mse", "ssim"))
+    for text in ("", "l1", "mse+", "mse+mse", "0*mse", "-1*mse", "x*mse", "mse*2", "nan*mse", "mse ssim"):
+        with pytest.raises(argparse.ArgumentTypeError, match=r"expected one of mse, ssim, or a weighted sum"):
+            weighted_sum(text, ("mse", "ssim"))
 
 
 KILLED_WORKER = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
@@ -202,7 +177,7 @@ def test_exit_codes(error, code, message, monkeypatch, capsys):
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
 
-    def main() -> None:
+    def main():
         if error is not None:
             raise error
 
@@ -212,23 +187,14 @@ def test_exit_codes(error, code, message, monkeypatch, capsys):
     assert capsys.readouterr().err.strip() == message
 
 
-def test_other_errors_keep_their_traceback(monkeypatch):
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-
-    def main() -> None:
+def test_other_errors_keep_their_traceback_and_sigterm_ends_a_script_as_ctrl_c_does(monkeypatch):
+    def broken():
         raise RuntimeError("size mismatch")
 
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        run_script(main)
-
-
-def test_sigterm_ends_a_script_as_ctrl_c_does(monkeypatch):
     handlers = {}
     monkeypatch.setattr(signal, "signal", handlers.__setitem__)
-
-    def main() -> None:
-        handlers[signal.SIGTERM](signal.SIGTERM, None)
-
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        run_script(broken)
     with pytest.raises(SystemExit) as stop:
-        run_script(main)
+        run_script(lambda: handlers[signal.SIGTERM](signal.SIGTERM, None))
     assert stop.value.code == 128 + signal.SIGTERM and issubclass(Terminated, KeyboardInterrupt)

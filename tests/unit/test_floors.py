@@ -1,9 +1,6 @@
 """The rules of the source code: who imports whom, what stays out of libraries, how long a function may be."""
 
-from __future__ import annotations
-
 import ast
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -13,14 +10,7 @@ from models import MODELS
 from tests.helpers import ROOT
 
 # Top to bottom: a file imports only from its own floor and from lower ones.
-FLOORS = (
-    ("study",),
-    ("predict", "app", "export"),
-    ("models",),
-    tuple(MODELS),
-    ("dataset",),
-    ("utils",),
-)
+FLOORS = (("study",), ("predict", "app", "export"), ("models",), tuple(MODELS), ("dataset",), ("utils",))
 FLOOR_OF = {name: number for number, floor in enumerate(FLOORS) for name in floor}
 IMPORT_EVERYTHING = {"benchmarks", "docs"}
 MODELS_THAT_MAY_IMPORT = {("point_clip", "clip_seg")}
@@ -28,12 +18,10 @@ MODELS_THAT_MAY_IMPORT = {("point_clip", "clip_seg")}
 UNIX_ONLY = {"fcntl", "grp", "pwd", "resource", "termios"}
 MAY_PRINT = {("utils/distributed.py", "print_once"), ("utils/config.py", "run_script")}
 LONGEST_FUNCTION = 70
+FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 
-FILES = sorted(
-    str(path.relative_to(ROOT))
-    for path in (*ROOT.glob("*.py"), *ROOT.glob("[!.]*/**/*.py"))
-    if path.relative_to(ROOT).parts[0] != "tests"
-)
+PATHS = [path.relative_to(ROOT) for path in (*ROOT.glob("*.py"), *ROOT.glob("[!.]*/**/*.py"))]
+FILES = sorted(str(path) for path in PATHS if path.parts[0] != "tests")
 OURS = {Path(file).parts[0].removesuffix(".py") for file in FILES}
 
 
@@ -42,7 +30,7 @@ def tree(file: str) -> ast.Module:
     return ast.parse((ROOT / file).read_text(encoding="utf-8"), file)
 
 
-def imports(node: ast.AST) -> Iterator[tuple[int, str]]:
+def imports(node: ast.AST):
     """Line and top-level name of every import in `node`, also in functions and under TYPE_CHECKING."""
     for child in ast.walk(node):
         if isinstance(child, ast.Import):
@@ -52,8 +40,8 @@ def imports(node: ast.AST) -> Iterator[tuple[int, str]]:
             yield child.lineno, child.module.split(".")[0]
 
 
-def functions(file: str) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    return (node for node in ast.walk(tree(file)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+def functions(file: str) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return [node for node in ast.walk(tree(file)) if isinstance(node, FUNCTION)]
 
 
 def is_allowed(importer: str, imported: str) -> bool:
@@ -84,31 +72,24 @@ def test_rules_allow_lower_floors_only():
 @pytest.mark.parametrize("file", FILES)
 def test_file_imports_from_lower_floors_only(file):
     importer = Path(file).parts[0].removesuffix(".py")
-    wrong = [
-        f"line {line}: {name}"
-        for line, name in imports(tree(file))
-        if name in OURS | {"tests"} and not is_allowed(importer, name)
-    ]
+    ours = [(line, name) for line, name in imports(tree(file)) if name in OURS | {"tests"}]
+    wrong = [f"line {line}: {name}" for line, name in ours if not is_allowed(importer, name)]
     assert not wrong, f"{file} may not import {'; '.join(wrong)}"
 
 
 def test_unix_only_modules_are_imported_in_functions_only():
-    wrong = [
-        f"{file}, line {line}: {name}"
-        for file in FILES
-        for statement in executed_on_import(tree(file))
-        for line, name in imports(statement)
-        if name in UNIX_ONLY
-    ]
+    statements = [(file, statement) for file in FILES for statement in executed_on_import(tree(file))]
+    found = [(file, *one) for file, statement in statements for one in imports(statement)]
+    wrong = [f"{file}, line {line}: {name}" for file, line, name in found if name in UNIX_ONLY]
     assert not wrong, "Windows does not have these: " + "; ".join(wrong)
 
 
-def executed_on_import(node: ast.AST) -> Iterator[ast.AST]:
+def executed_on_import(node: ast.AST):
     """The import statements below `node` that are not in a function."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Import | ast.ImportFrom):
             yield child
-        elif not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+        elif not isinstance(child, FUNCTION):
             yield from executed_on_import(child)
 
 
@@ -119,22 +100,17 @@ def test_utils_print_nothing():
         if file.startswith("utils/")
         for call in ast.walk(tree(file))
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "print"
-        if not any(inside(call, function) for function in functions(file) if (file, function.name) in MAY_PRINT)
-    ]
+        if not any(
+            function.lineno <= call.lineno <= function.end_lineno
+            for function in functions(file) if (file, function.name) in MAY_PRINT
+        )
+    ]  # fmt: skip
     assert not wrong, "use logging instead of print: " + "; ".join(wrong)
 
 
-def inside(node: ast.AST, function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    return function.lineno <= node.lineno <= function.end_lineno
-
-
 def test_functions_are_short():
-    lengths = {
-        f"{file}: {function.name}": function.end_lineno - function.lineno + 1
-        for file in FILES
-        for function in functions(file)
-    }
-    long = [f"{name} has {lines} lines" for name, lines in lengths.items() if lines > LONGEST_FUNCTION]
+    every = [(file, node.name, node.end_lineno - node.lineno + 1) for file in FILES for node in functions(file)]
+    long = [f"{file}: {name} has {lines} lines" for file, name, lines in every if lines > LONGEST_FUNCTION]
     assert not long, f"at most {LONGEST_FUNCTION} lines: " + "; ".join(long)
 
 

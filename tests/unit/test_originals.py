@@ -1,7 +1,5 @@
 """dataset/originals.py: both layouts, lists and names in every form, the download."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from pathlib import Path
@@ -17,7 +15,7 @@ from utils.dataset import IGNORE
 from utils.files import InputError, read_json
 
 
-def remove_from_list(base: Path, name: str, file: str) -> None:
+def remove_from_list(base, name, file):
     path = base / f"annotations/{file}.txt"
     path.write_text("".join(line for line in path.open() if line.split()[0] != name))
 
@@ -76,9 +74,9 @@ def test_report_layout_in_every_label_mode(prepared, tmp_path, mode):
     report, _ = prepare(base)
     assert report["layout"] == "report"
     assert report["counts"] == {"TrainVal": {"cats": 4, "dogs": 8}, "Test": {"cats": 4, "dogs": 8}}
-    for path in (prepared / "TrainVal" / "label").rglob("*.png"):
-        same = base / path.relative_to(prepared)
-        np.testing.assert_array_equal(np.asarray(Image.open(same)), np.asarray(Image.open(path)))
+    for path in (prepared / "TrainVal/label").rglob("*.png"):
+        same = Image.open(base / path.relative_to(prepared))
+        np.testing.assert_array_equal(same, Image.open(path))
 
 
 def test_a_name_in_both_lists_stays_in_test_only(base):
@@ -126,16 +124,10 @@ def test_a_folder_in_neither_layout_lists_its_content(tmp_path):
         (tmp_path / "holiday.jpg").touch()
 
 
-def offline(*_, **__):
-    raise OSError("no route to host")
-
-
 class FakeDownload:
     """Replaces torchvision's OxfordIIITPet: unpacks drawings where it would unpack the real archives."""
 
-    source: Path
-
-    def __init__(self, root: str, download: bool):
+    def __init__(self, root, download):
         target = Path(root) / "oxford-iiit-pet"
         assert download and not (target / "images").exists()
         shutil.copytree(self.source, target, dirs_exist_ok=True)
@@ -151,6 +143,9 @@ def test_a_download_is_completed_once_or_fails_with_a_remedy(originals, tmp_path
     assert dataset_prep.main([str(base), "--download", "--processes", "1"]) == 0
     assert read_json(base / "prep_report.json")["counts"]["Test"] == {"cats": 4, "dogs": 8}
     assert not (base / ".download").exists()
+
+    def offline(*_, **__):
+        raise OSError("no route to host")
 
     monkeypatch.setattr(torchvision.datasets, "OxfordIIITPet", offline)
     assert dataset_prep.main([str(base), "--download", "--processes", "1"]) == 0

@@ -1,7 +1,5 @@
 """dataset/pet.py: records, items, split, balance, the data sets of a training and a test."""
 
-from __future__ import annotations
-
 import pickle
 from pathlib import Path
 
@@ -33,18 +31,15 @@ from utils.files import InputError
 from utils.image import resize_image, resize_mask
 
 
-def fake_records(cats: int, dogs: int) -> list[Record]:
+def fake_records(cats, dogs):
     base = Path("data/TrainVal/color")
     names = [(f"cat_{i}", 1) for i in range(cats)] + [(f"dog_{i}", 2) for i in range(dogs)]
     return [Record(name, species, base / "x" / name, base) for name, species in names]
 
 
-def test_data_that_are_not_prepared_name_the_command(tmp_path):
+def test_unprepared_hidden_lost_and_damaged_files(base):
     with pytest.raises(InputError, match=r"not prepared. Run: python dataset/dataset_prep.py"):
-        find_records(tmp_path, "TrainVal")
-
-
-def test_hidden_lost_and_damaged_files(base):
+        find_records(base, "TrainVal")
     prepare(base)
     (base / "Test/color/cats/._Synthetic_cat_2.jpg").touch()
     records = find_records(base, "Test")
@@ -98,12 +93,9 @@ def test_no_image_is_on_both_sides_of_the_split(cats, dogs, fraction, seed):
     assert (train, val) == split_records(records, fraction, seed)
 
 
-def test_the_split_depends_on_the_seed():
+def test_the_split_depends_on_the_seed_and_needs_two_images_of_each_species():
     records = fake_records(30, 60)
     assert split_records(records, 0.1, 0)[1] != split_records(records, 0.1, 1)[1]
-
-
-def test_a_species_with_one_image_cannot_be_split():
     for cats in (0, 1):
         with pytest.raises(InputError, match=rf"holds {cats} cat image\(s\); training needs at least 2"):
             split_records(fake_records(cats, 9), 0.1, 0)
@@ -124,10 +116,10 @@ def test_augmentation_depends_on_seed_epoch_and_sample(prepared):
     records = find_records(prepared, "TrainVal")
     cache = Cache(records, 64)
 
-    def augmented(seed: int = 0) -> PetDataset:
+    def augmented(seed=0):
         return PetDataset(records, 64, cache=cache, indices=[0, 0], transform=train_transform(), seed=seed)
 
-    def differ(first: PetDataset, second: PetDataset, keys: list[tuple[tuple[int, int], tuple[int, int]]]) -> bool:
+    def differ(first, second, keys):
         return any(not torch.equal(first[one]["image"], second[two]["image"]) for one, two in keys)
 
     dataset, epochs = augmented(), range(3)

@@ -1,16 +1,11 @@
 """point_clip/: the model beyond the contract of test_models.py, its start from a segmenter, and its scores."""
 
-from __future__ import annotations
-
 import math
 import re
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -34,7 +29,7 @@ ENCODINGS = ("heatmap", "disk")
 SIZE = (67, 75)
 
 
-def build(encoding: str, image_size: int = 32) -> PointClip:
+def build(encoding, image_size=32):
     torch.manual_seed(0)
     return PointClip(tiny_clip_encoder(image_size=image_size)[0], encoding=encoding, base_channels=4)
 
@@ -66,18 +61,8 @@ def test_features_of_an_image_serve_many_clicks(encoding):
     assert not torch.allclose(together[0], together[1])
 
 
-def test_two_class_cross_entropy_of_a_logit_is_binary_cross_entropy():
-    logits, target = torch.randn(2, 1, 8, 8), torch.randint(0, 2, (2, 8, 8), dtype=torch.uint8)
-    two = torch.cat([torch.zeros_like(logits), logits], dim=1)
-    expected = nn.functional.binary_cross_entropy_with_logits(logits[:, 0], target.float())
-    assert cross_entropy(two, target).item() == pytest.approx(expected.item(), rel=1e-5)
-
-
 def test_disk_model_learns_to_follow_the_click():
-    """A picture of two halves: only the click determines the half, wherever in it.
-
-    The heatmap needs far more steps: its meaning has to be learned through the whole encoder.
-    """
+    """A picture of two halves: only the click determines the half. The heatmap would need far more steps."""
     torch.manual_seed(0)
     image = torch.zeros(4, 3, 64, 64)
     image[:, 0, :, 32:] = 1
@@ -85,7 +70,7 @@ def test_disk_model_learns_to_follow_the_click():
     target[0::2, :, :32] = 1
     target[1::2, :, 32:] = 1
 
-    def random_points() -> torch.Tensor:
+    def random_points():
         """Two clicks on each image, on the left half and on the right."""
         return torch.rand(8, 2) * torch.tensor([28.0, 60.0]) + torch.tensor([[1.0, 1.0], [34.0, 1.0]]).repeat(4, 1)
 
@@ -130,11 +115,11 @@ def test_negative_click_changes_the_mask_and_nan_does_not():
 
 
 @pytest.fixture
-def segmenter(clip_folder, tmp_path) -> Path:
+def segmenter(clip_folder, tmp_path):
     return save_clip_segmenter(tmp_path / "clip_seg.pt", clip_folder)
 
 
-def start(segmenter: Path, encoding: str, **given: Any) -> tuple[PointClip, dict[str, Any]]:
+def start(segmenter, encoding, **given):
     """The model that point_clip/train.py starts from with these flags, and its encoder's arguments."""
     config = Config(**{"clip_seg": segmenter, "point_encoding": encoding, "base_channels": 2, "skips": True, **given})
     return start_from(config, {"encoding": encoding, "base_channels": config.base_channels, "skips": config.skips})
@@ -170,11 +155,9 @@ def test_clicks_are_first_compared_by_the_classes_of_the_segmenter(segmenter):
 
 
 def test_flags_that_do_not_fit_the_segmenter(segmenter, tmp_path):
+    decoder = f"--clip-seg {segmenter} has another decoder: give its own flags, --base-channels 2 --skips"
     for given, message in [
-        (
-            {"base_channels": 64, "skips": False},
-            f"--clip-seg {segmenter} has another decoder: give its own flags, --base-channels 2 --skips",
-        ),
+        ({"base_channels": 64, "skips": False}, decoder),
         ({"clip_random_init": True}, "--clip-seg brings its own CLIP, leave --clip-random-init out"),
         ({"clip_model": "another"}, "--clip-seg brings its own CLIP, leave --clip-model out"),
         ({"clip_seg": tmp_path / "none.pt"}, "none.pt: no such checkpoint"),
@@ -186,11 +169,9 @@ def test_flags_that_do_not_fit_the_segmenter(segmenter, tmp_path):
 class Oracle(nn.Module):
     """Knows the true masks, in the order of the names; follows the click, or ignores it."""
 
-    def __init__(self, labels: list[np.ndarray], *, blind: bool):
+    def __init__(self, labels, blind):
         super().__init__()
-        self.labels = [torch.from_numpy(label) for label in labels]
-        self.blind = blind
-        self.seen = 0
+        self.labels, self.blind, self.seen = labels, blind, 0
 
     def encode(self, image):
         features = [torch.arange(self.seen, self.seen + len(image)).view(-1, 1, 1, 1).float()]
@@ -199,7 +180,7 @@ class Oracle(nn.Module):
 
     def decode(self, features, points, image_size):
         label = self.labels[int(features[0])]
-        pet = foreground(label)
+        pet = torch.from_numpy(foreground(label))
         predictions = []
         for x, y in points.tolist():
             column, row = rescale_point(x, y, image_size[::-1], label.shape[::-1])
@@ -208,31 +189,39 @@ class Oracle(nn.Module):
         return torch.stack(predictions)[:, None]
 
 
-def oracle_test(prepared: Path, out: Path, *, blind: bool = False, size: int | str = "native") -> ModelTest:
-    config = ScoreConfig(
-        data=prepared, checkpoint=out / "best.pt", out=out, workers=0, batch_size=5, score_size=size, device="cpu"
-    )
+def oracle_test(prepared, out, blind=False, size="native"):
+    flags = {"workers": 0, "batch_size": 5, "device": "cpu", "score_size": size}
+    config = ScoreConfig(data=prepared, checkpoint=out / "best.pt", out=out, **flags)
     test_set = make_test_set(config, 64)
     labels = [test_set[index]["label"] for index in range(len(test_set))]
-    checkpoint = {
-        "model_name": "point_clip", "epoch": 1, "config": {"image_size": 64, "seed": 0},
-        "class_table": CLICKS.as_plain_dict(),
-    }  # fmt: skip
-    return ModelTest(Oracle(labels, blind=blind), checkpoint, test_set, config, CPU)
+    checkpoint = {"model_name": "point_clip", "epoch": 1, "config": {"image_size": 64, "seed": 0}}
+    checkpoint["class_table"] = CLICKS.as_plain_dict()
+    return ModelTest(Oracle(labels, blind), checkpoint, test_set, config, CPU)
 
 
 @pytest.fixture
-def figures(monkeypatch) -> dict[str, Figure]:
-    """The figures that `score_clicks` saves, by file name."""
-    saved: dict[str, Figure] = {}
-    monkeypatch.setattr(scoring, "save_figure", lambda figure, path: saved.update({path.name: figure}))
+def figures(monkeypatch):
+    """The figures that are saved."""
+    saved = []
+    monkeypatch.setattr(scoring, "save_figure", lambda figure, path: saved.append(figure))
     return saved
 
 
-def test_perfect_model_has_perfect_scores(prepared, tmp_path, figures):
-    test = oracle_test(prepared, tmp_path)
-    text = score_clicks(test)
-    metrics, records = read_json(tmp_path / "metrics.json"), test.test_set.records
+@pytest.fixture
+def score(prepared, tmp_path, figures):
+    """Scores an oracle; returns its test, its metrics and the text."""
+
+    def score(**options):
+        test = oracle_test(prepared, tmp_path, **options)
+        text = score_clicks(test)
+        return test, read_json(tmp_path / "metrics.json"), text
+
+    return score
+
+
+def test_perfect_model_has_perfect_scores(score, tmp_path):
+    test, metrics, text = score()
+    records = test.test_set.records
     assert metrics["iou"] == {"ground": 1, "object": 1, "mean": 1}
     assert metrics["own_mask"] == 1 and metrics["flips"] == 1 and metrics["spread"]["iou_std"] == 0
     assert metrics["skipped"] == {"pet": 0, "background": 0}
@@ -246,10 +235,9 @@ def test_perfect_model_has_perfect_scores(prepared, tmp_path, figures):
             assert np.array_equal(mask, side.astype(np.uint8)), f"{record.name}{suffix}"
 
 
-def test_figure_shows_the_masks_with_their_clicks(prepared, tmp_path, figures):
-    test = oracle_test(prepared, tmp_path)
-    score_clicks(test)
-    (figure,) = figures.values()
+def test_figure_shows_the_masks_with_their_clicks(score, figures):
+    test, _, _ = score()
+    (figure,) = figures
     rows = np.array(figure.axes).reshape(-1, 4)
     headings = ["photograph", "truth", "click on the pet", "click on the background"]
     assert [axis.get_title() for axis in rows[0]] == headings
@@ -270,20 +258,17 @@ def test_figure_shows_the_masks_with_their_clicks(prepared, tmp_path, figures):
             assert np.array_equal(picture, expected)
 
 
-def test_blind_model_scores_as_the_baseline(prepared, tmp_path, figures):
-    score_clicks(oracle_test(prepared, tmp_path, blind=True))
-    metrics = read_json(tmp_path / "metrics.json")
+def test_blind_model_scores_as_the_baseline(score):
+    _, metrics, _ = score(blind=True)
     for kind in ("iou", "dice", "accuracy"):
         assert metrics[kind] == metrics["baseline"][kind]
     assert metrics["by_click"]["pet"]["iou"]["object"] == 1 and metrics["by_click"]["background"]["iou"]["object"] == 0
     assert metrics["own_mask"] == pytest.approx(0.5) and metrics["flips"] == 0
 
 
-def test_scores_at_another_size(prepared, tmp_path, figures):
+def test_scores_at_another_size(score):
     """Clicks move to the size that is scored; a model that knows the outline is nearly perfect there, too."""
-    test = oracle_test(prepared, tmp_path, size=64)
-    score_clicks(test)
-    metrics = read_json(tmp_path / "metrics.json")
+    test, metrics, _ = score(size=64)
     assert metrics["iou"]["mean"] > 0.9 and metrics["own_mask"] > 0.95 and metrics["score_size"] == 64
     assert metrics["clicks"] == 2 * len(test.test_set)
 

@@ -1,9 +1,6 @@
 """utils/predictor.py: the masks of one photograph, by every model that models.py knows."""
 
-from __future__ import annotations
-
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models import MODELS
-from tests.unit.test_models import CASES, Case, build
+from tests.unit.test_models import CASES, build
 from utils.files import InputError
 from utils.predictor import Predictor
 
@@ -24,7 +21,9 @@ KNOWN = [name for name, case in CASES.items() if case.model_name in MODELS]
 PROMPTED = [name for name in KNOWN if CASES[name].model_name == "point_clip"]
 
 
-def make_predictor(case: Case) -> Predictor:
+@pytest.fixture
+def predictor(request) -> Predictor:
+    case = CASES[request.param]
     model = build(case)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -34,12 +33,7 @@ def make_predictor(case: Case) -> Predictor:
     return Predictor(model.eval(), {"class_table": table.as_plain_dict(), "config": {"image_size": SIZE}})
 
 
-@pytest.fixture
-def predictor(request: pytest.FixtureRequest) -> Predictor:
-    return make_predictor(CASES[request.param])
-
-
-def each_of(names: list[str]) -> pytest.MarkDecorator:
+def each_of(*names: str):
     return pytest.mark.parametrize("predictor", names, indirect=True)
 
 
@@ -49,59 +43,60 @@ def photograph() -> Image.Image:
     return Image.fromarray(small).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
 
 
-def points_of(predictor: Predictor) -> list[tuple[float, float]] | None:
+def points_of(predictor):
     return [POINT] if predictor.prompted else None
 
 
-def to_model_pixels(point: tuple[float, float]) -> Tensor:
-    x, y = point
+def to_model_pixels(x: float, y: float) -> Tensor:
     return torch.tensor([[(x + 0.5) * SIZE / WIDTH - 0.5, (y + 0.5) * SIZE / HEIGHT - 0.5]])
 
 
-def probabilities_by_hand(model: nn.Module, photograph: Image.Image, *clicks: Tensor) -> Tensor:
+def by_hand(predictor: Predictor, photograph: Image.Image, *points: tuple[float, float]) -> Tensor:
+    """The probabilities of the model itself, called with the positive and the negative click."""
     pixels = np.asarray(photograph.resize((SIZE, SIZE), Image.Resampling.BILINEAR))
     image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None] / 255
     with torch.inference_mode():
-        logits = F.interpolate(model(image, *clicks), (HEIGHT, WIDTH), mode="bilinear")[0]
+        logits = predictor.model(image, *(to_model_pixels(*point) for point in points))
+        logits = F.interpolate(logits, (HEIGHT, WIDTH), mode="bilinear")[0]
     return logits.softmax(dim=0) if len(logits) > 1 else torch.cat([(-logits).sigmoid(), logits.sigmoid()])
 
 
-@each_of(KNOWN)
+def assert_close(found: np.ndarray, expected: Tensor) -> None:
+    torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-5, rtol=0)
+
+
+@each_of(*KNOWN)
 def test_prediction_equals_calling_the_model(predictor, photograph):
     predictor.set_image(photograph)
     mask, probabilities = predictor.predict(points_of(predictor))
-    clicks = [to_model_pixels(POINT)] if predictor.prompted else []
-    expected = probabilities_by_hand(predictor.model, photograph, *clicks)
+    expected = by_hand(predictor, photograph, *points_of(predictor) or ())
     assert expected.std(dim=(1, 2)).min() > 5e-4, "with equal pixels the comparison would say nothing about their place"
-    torch.testing.assert_close(torch.from_numpy(probabilities), expected, atol=1e-5, rtol=0)
+    assert_close(probabilities, expected)
     assert mask.dtype == np.uint8 and mask.shape == (HEIGHT, WIDTH) and len(np.unique(mask)) > 1
     assert probabilities.dtype == np.float32 and len(probabilities) == len(predictor.class_table)
     np.testing.assert_allclose(probabilities.sum(axis=0), 1, atol=1e-5)
     assert (mask == probabilities.argmax(axis=0)).all()
 
 
-@each_of(PROMPTED)
+@each_of(*PROMPTED)
 def test_points_far_apart_and_at_the_border(predictor, photograph):
     predictor.set_image(photograph)
     for point in [OTHER, (0, 0), (WIDTH - 1, 0), (WIDTH - 1, HEIGHT - 1)]:
-        expected = probabilities_by_hand(predictor.model, photograph, to_model_pixels(point))
-        found = torch.from_numpy(predictor.predict([point]).probabilities)
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+        assert_close(predictor.predict([point]).probabilities, by_hand(predictor, photograph, point))
     change = predictor.predict([POINT]).probabilities - predictor.predict([OTHER]).probabilities
     assert np.abs(change).max() > 0.01, "if clicks changed nothing, the comparison would say nothing about their place"
 
 
-@each_of(["point_clip-disk"])
+@each_of("point_clip-disk")
 def test_negative_click_in_any_order(predictor, photograph):
     predictor.set_image(photograph)
-    expected = probabilities_by_hand(predictor.model, photograph, to_model_pixels(POINT), to_model_pixels(OTHER))
     for points, positive in (([POINT, OTHER], [True, False]), ([OTHER, POINT], [False, True])):
-        found = torch.from_numpy(predictor.predict(points, positive).probabilities)
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-    assert not np.array_equal(predictor.predict([POINT]).probabilities, found.numpy())
+        found = predictor.predict(points, positive).probabilities
+        assert_close(found, by_hand(predictor, photograph, POINT, OTHER))
+    assert not np.array_equal(predictor.predict([POINT]).probabilities, found)
 
 
-@each_of(["unet", "point_clip-disk"])
+@each_of("unet", "point_clip-disk")
 def test_photograph_as_picture_array_path_or_text(predictor, photograph, tmp_path):
     path = tmp_path / "photo.png"
     photograph.save(path)
@@ -114,8 +109,8 @@ def test_photograph_as_picture_array_path_or_text(predictor, photograph, tmp_pat
         assert np.array_equal(probabilities, predictions[0].probabilities)
 
 
-@each_of(["unet"])
-def test_file_is_rotated_upright(predictor, photograph, tmp_path):
+@each_of("unet")
+def test_file_is_rotated_upright_or_refused(predictor, photograph, tmp_path):
     path = tmp_path / "photo.jpg"
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: rotate by 90 degrees clockwise to show it upright
@@ -125,13 +120,16 @@ def test_file_is_rotated_upright(predictor, photograph, tmp_path):
         upright = np.rot90(np.asarray(stored), -1)
     assert np.array_equal(np.asarray(predictor.picture), upright)
     assert predictor.predict().mask.shape == upright.shape[:2] == (WIDTH, HEIGHT)
+    path.write_text("no picture")
+    with pytest.raises(InputError, match=r"photo\.jpg: not a picture"):
+        predictor.set_image(path)
 
 
-@each_of(PROMPTED)
+@each_of(*PROMPTED)
 def test_photograph_is_encoded_once_for_many_clicks(predictor, photograph, monkeypatch):
     encode, images = predictor.model.encode, []
     monkeypatch.setattr(predictor.model, "encode", lambda image: images.append(image) or encode(image))
-    passes: list[int] = []
+    passes = []
     predictor.model.encoder.normalize.register_forward_hook(lambda *_: passes.append(1))
     predictor.set_image(photograph)
     for point in (POINT, OTHER, POINT):
@@ -140,18 +138,16 @@ def test_photograph_is_encoded_once_for_many_clicks(predictor, photograph, monke
     assert len(images) == 1 and len(passes) == 1 + heatmaps
 
 
-@each_of(["unet", "point_clip-disk"])
+@each_of("unet", "point_clip-disk")
 def test_next_photograph_replaces_the_first(predictor, photograph):
     predictor.set_image(photograph.transpose(Image.Transpose.ROTATE_90))
     predictor.predict(points_of(predictor) and [(3, 4)])
     predictor.set_image(photograph)
-    clicks = [to_model_pixels(POINT)] if predictor.prompted else []
-    expected = probabilities_by_hand(predictor.model, photograph, *clicks)
-    found = torch.from_numpy(predictor.predict(points_of(predictor)).probabilities)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    expected = by_hand(predictor, photograph, *points_of(predictor) or ())
+    assert_close(predictor.predict(points_of(predictor)).probabilities, expected)
 
 
-@each_of(["point_clip-disk"])
+@each_of("point_clip-disk")
 @pytest.mark.parametrize("point", [(-1, 5), (WIDTH, 5), (5, HEIGHT), (math.nan, 5), (5, math.inf)])
 def test_point_outside_the_photograph(predictor, photograph, point):
     predictor.set_image(photograph)
@@ -159,43 +155,30 @@ def test_point_outside_the_photograph(predictor, photograph, point):
         predictor.predict([point])
 
 
-@each_of(["point_clip-disk"])
-def test_clicks_that_a_prompted_model_cannot_take(predictor, photograph):
+NUMBER = "needs one positive click and takes at most one negative click"
+
+
+@pytest.mark.parametrize(
+    ("predictor", "points", "positive", "message"),
+    [
+        ("point_clip-disk", None, None, NUMBER),
+        ("point_clip-disk", [], None, NUMBER),
+        ("point_clip-disk", [POINT, OTHER], None, NUMBER),
+        ("point_clip-disk", [POINT], [False], NUMBER),
+        ("point_clip-disk", [POINT, OTHER], [True], NUMBER),
+        ("point_clip-disk", [POINT, OTHER, OTHER], [True, False, False], NUMBER),
+        ("point_clip-heatmap", [POINT, OTHER], [True, False], "heatmap encoding takes no negative click; train one w"),
+        ("unet", [POINT], None, "not prompted by clicks: leave the points out"),
+    ],
+    indirect=["predictor"],
+)
+def test_clicks_that_a_model_cannot_take(predictor, photograph, points, positive, message):
     predictor.set_image(photograph)
-    for points, positive in [
-        (None, None),
-        ([], None),
-        ([POINT, OTHER], None),
-        ([POINT], [False]),
-        ([POINT, OTHER], [True]),
-        ([POINT, OTHER, OTHER], [True, False, False]),
-    ]:
-        with pytest.raises(InputError, match="needs one positive click and takes at most one negative click"):
-            predictor.predict(points, positive)
+    with pytest.raises(InputError, match=message):
+        predictor.predict(points, positive)
 
 
-@each_of(["point_clip-heatmap"])
-def test_heatmap_takes_no_negative_click(predictor, photograph):
-    predictor.set_image(photograph)
-    with pytest.raises(InputError, match="heatmap encoding takes no negative click; train one with disk"):
-        predictor.predict([POINT, OTHER], [True, False])
-
-
-@each_of(["unet"])
-def test_clicks_are_refused_by_a_model_without_prompt(predictor, photograph):
-    predictor.set_image(photograph)
-    with pytest.raises(InputError, match="not prompted by clicks: leave the points out"):
-        predictor.predict([POINT])
-
-
-@each_of(["unet", "point_clip-disk"])
+@each_of("unet", "point_clip-disk")
 def test_photograph_comes_first(predictor):
     with pytest.raises(InputError, match="set_image comes before predict"):
         predictor.predict(points_of(predictor))
-
-
-@each_of(["unet"])
-def test_file_that_is_not_a_picture(predictor, tmp_path):
-    (tmp_path / "photo.jpg").write_text("no picture")
-    with pytest.raises(InputError, match=r"photo\.jpg: not a picture"):
-        predictor.set_image(Path(tmp_path / "photo.jpg"))

@@ -1,12 +1,8 @@
 """study/report.py, runs.py, figures.py, compare.py: tables and figures against the runs, and the paired comparison."""
 
-from __future__ import annotations
-
 import csv
 import dataclasses
-import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -29,46 +25,47 @@ from unet.model import UNet
 from unet.test import Config
 from utils.dataset import CLICKS, PETS
 from utils.evaluation import SYNTHETIC_NOTE, run_test
-from utils.files import InputError, read_csv
+from utils.files import InputError, read_csv, read_json, write_json
+from utils.image import picture_size
 from utils.metric import ConfusionMatrix
+from utils.predictor import save_mask
 
 PERTURBED = ("occlusion", "gaussian_blur")
 
 
 @pytest.fixture(scope="module")
-def tested(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tested(prepared, tmp_path_factory) -> Path:
     """A run that was trained for two epochs, and scored clean and perturbed."""
     folder = tmp_path_factory.mktemp("tested") / "unet"
     train(prepared, folder, epochs=2)
-    checkpoint = folder / "best.pt"
-    config = Config(checkpoint=checkpoint, data=prepared, perturb=list(PERTURBED), workers=0, device="cpu")
+    config = Config(folder / "best.pt", data=prepared, perturb=list(PERTURBED), workers=0, device="cpu")
     run_test(config, UNet, "unet", make_test_set)
     return folder
 
 
 @pytest.fixture
-def folders(tested: Path, tmp_path: Path) -> list[Path]:
+def folders(tested, tmp_path) -> list[Path]:
     """Two copies of it to modify; every prediction of the second is correct."""
     one, two = (Path(shutil.copytree(tested, tmp_path / name / "unet")) for name in ("one", "two"))
 
-    def correct(row: list[str]) -> list[object]:
+    def correct(row):
         counts = np.array(row[3:], int).reshape(len(PETS), len(PETS))
-        return [*row[:3], *np.diag(counts.sum(axis=1)).ravel().tolist()]
+        return [*row[:3], *np.diag(counts.sum(axis=1)).ravel()]
 
     edit_images_csv(two, correct)
     return [one, two]
 
 
 @pytest.fixture
-def runs(folders: list[Path]) -> list[Run]:
+def runs(folders) -> list[Run]:
     return read_runs(folders)
 
 
 def edit_json(path: Path, **values: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    write_json(path, read_json(path) | values)
 
 
-def edit_images_csv(folder: Path, edit: Callable[[list[str]], list[object]], columns: int | None = None) -> None:
+def edit_images_csv(folder: Path, edit, columns: int | None = None) -> None:
     path = folder / "test/images.csv"
     with path.open(newline="") as file:
         head, *rows = csv.reader(file)
@@ -83,13 +80,14 @@ def make_prompted(folder: Path) -> None:
     edit_json(folder / "config.json", point_encoding="disk", class_table=CLICKS.as_plain_dict())
     edit_images_csv(folder, lambda row: [*row[:3], 10, 0, 0, 20], columns=7)
     for path in (folder / "test/masks").iterdir():
-        with Image.open(path) as mask:
-            ones = np.full(mask.size[::-1], CLICKS.value("object"), np.uint8)
-        CLICKS.encode_label(ones).save(path)
+        save_mask(path, np.full(picture_size(path)[::-1], CLICKS.value("object"), np.uint8), CLICKS)
+
+
+def heights(bars) -> list[float]:
+    return [bar.get_height() for bar in bars]
 
 
 def run_report(monkeypatch, *flags: object) -> None:
-    """study/report.py in this process."""
     monkeypatch.setattr("sys.argv", ["report.py", *map(str, flags)])
     report.main()
 
@@ -97,7 +95,7 @@ def run_report(monkeypatch, *flags: object) -> None:
 def test_tables_hold_the_scores_of_the_runs(monkeypatch, folders, tested, tmp_path, capsys):
     out = tmp_path / "report"
     run_report(monkeypatch, *folders, "--out", out)
-    metrics = json.loads((tested / "test/metrics.json").read_text())
+    metrics = read_json(tested / "test/metrics.json")
     rows = read_csv(out / "runs.csv")
     assert [row["run"] for row in rows] == ["one/unet", "two/unet"]
     for kind, reported in zip(SCORES, REPORTED["unet"]):
@@ -110,7 +108,7 @@ def test_tables_hold_the_scores_of_the_runs(monkeypatch, folders, tested, tmp_pa
     assert rows[0]["epochs"] == "2" and rows[0]["data"].endswith("(synthetic)")
 
     text = (out / "report.md").read_text()
-    perturbations = json.loads((tested / "test/robustness.json").read_text())["perturbations"]
+    perturbations = read_json(tested / "test/robustness.json")["perturbations"]
     retained = {name: 100 * entry["retained_last"] for name, entry in perturbations.items()}
     order = [name for name in PERTURBATIONS if name in PERTURBED]
     assert f"| run | {' | '.join(name.replace('_', ' ') for name in order)} | mean |" in text
@@ -122,8 +120,7 @@ def test_tables_hold_the_scores_of_the_runs(monkeypatch, folders, tested, tmp_pa
     for name in ("classes", "curves", "robustness", "predictions"):
         assert (out / f"{name}.pdf").read_bytes().startswith(b"%PDF")
         assert f"]({name}.png)" in text and str(out / f"{name}.png") in printed
-        with Image.open(out / f"{name}.png") as picture:
-            picture.verify()
+        Image.open(out / f"{name}.png").verify()
 
 
 def test_figures_show_the_runs(runs, prepared):
@@ -131,15 +128,14 @@ def test_figures_show_the_runs(runs, prepared):
     figures = make_figures(runs, pick_records(runs, prepared, None))
     assert list(figures) == ["classes", "curves", "robustness", "predictions"]
     assert all(figure.get_suptitle() == SYNTHETIC_NOTE for figure, _ in figures.values())
-    names = [run.name for run in runs]
     for name in ("classes", "curves", "robustness"):
-        assert [text.get_text() for text in figures[name][0].legends[0].get_texts()] == names, name
+        legend = [text.get_text() for text in figures[name][0].legends[0].get_texts()]
+        assert legend == [run.name for run in runs], name
 
     axis = figures["classes"][0].axes[0]
     assert [label.get_text() for label in axis.get_xticklabels()] == [*PETS.names, "mean"]
-    for run, bars in zip(runs, axis.containers):
-        heights = [bar.get_height() for bar in bars]
-        assert heights == pytest.approx([100 * value for value in run.metrics["iou"].values()])
+    for run, bars in zip(runs, axis.containers, strict=True):
+        assert heights(bars) == pytest.approx([100 * value for value in run.metrics["iou"].values()])
 
     losses, scores = figures["curves"][0].axes
     assert losses.get_ylabel() == "validation loss" and "mean IoU" in scores.get_ylabel()
@@ -153,8 +149,7 @@ def test_figures_show_the_runs(runs, prepared):
     panels = [axis for axis in figures["robustness"][0].axes if axis.get_visible()]
     for axis, (name, entry) in zip(panels, runs[0].robustness["perturbations"].items(), strict=True):
         assert axis.get_title() == name.replace("_", " ")
-        mean = [np.mean(draws) for draws in entry["dice"]["mean"]]
-        np.testing.assert_allclose(axis.get_lines()[0].get_ydata(), mean)
+        np.testing.assert_allclose(axis.get_lines()[0].get_ydata(), np.mean(entry["dice"]["mean"], axis=1))
 
 
 def test_a_prompted_run_has_its_own_table_and_colors(folders, prepared):
@@ -164,18 +159,15 @@ def test_a_prompted_run_has_its_own_table_and_colors(folders, prepared):
     assert list(figures) == ["classes", "classes-prompted", "curves", "robustness", "predictions"]
     for name, run in (("classes", one), ("classes-prompted", two)):
         (bars,) = figures[name][0].axes[0].containers
-        heights = [100 * value for value in run.metrics["iou"].values()]
-        assert [bar.get_height() for bar in bars] == pytest.approx(heights), name
+        assert heights(bars) == pytest.approx([100 * value for value in run.metrics["iou"].values()]), name
     rows = np.reshape(figures["predictions"][0].axes, (-1, 4))
     assert [axis.get_title() for axis in rows[0]] == ["photograph", "truth", "one/unet", "two/unet\n(a click)"]
+    records = {record.name: record for record in find_records(prepared, "Test")}
     for photo, _, _, clicked in rows:
-        species = PETS.value("cat" if "Synthetic_cat" in photo.get_ylabel() else "dog")
+        record = records[photo.get_ylabel().split("\n")[0].split()[1]]
         pixels = np.asarray(photo.images[0].get_array())
-        (record,) = (
-            one for one in find_records(prepared, "Test") if one.name in photo.get_ylabel().split("\n")[0].split()
-        )
         (click,) = (click for click in read_points([record])[0] if click.on_pet)
-        expected = PETS.overlay(pixels, np.full(pixels.shape[:2], species, np.uint8))
+        expected = PETS.overlay(pixels, np.full(pixels.shape[:2], record.species, np.uint8))
         expected = mark_click(expected, click.x, click.y)
         np.testing.assert_array_equal(clicked.images[0].get_array(), expected, "the click, in the color of the pet")
     tables = format_scores([one, two])
@@ -197,16 +189,15 @@ def test_only_comparable_models_are_compared(folders):
 
 def test_mean_over_perturbations_that_all_runs_have(folders):
     path = folders[1] / "test/robustness.json"
-    shared = json.loads(path.read_text())["perturbations"]
+    shared = read_json(path)["perturbations"]
     edit_json(path, perturbations=shared | {"fog": shared["occlusion"] | {"retained_last": 0.01}})
     text = format_report(read_runs(folders), {})
-    names = ", ".join(name.replace("_", " ") for name in shared)
-    assert f"| fog | mean of {names} |" in text
+    assert f"| fog | mean of {', '.join(name.replace('_', ' ') for name in shared)} |" in text
     mean = 100 * np.mean([entry["retained_last"] for entry in shared.values()])
     assert f"| 1.0 | {mean:.1f} |" in text
 
 
-def test_examples_are_best_median_and_worst_or_named(tested, prepared):
+def test_examples_are_best_median_and_worst_or_named(tested, prepared, tmp_path):
     (run,) = read_runs([tested])
     rows = pick_records([run], prepared, None)
     ranked = [name for _, name in sorted(zip(run.image_iou, run.images), reverse=True)]
@@ -217,40 +208,22 @@ def test_examples_are_best_median_and_worst_or_named(tested, prepared):
     assert [(caption, record.name) for caption, record in named] == [(name, name) for name in run.images[:2]]
     with pytest.raises(InputError, match="lacks 1 of the images, for example Garfield"):
         pick_records([run], prepared, ["Garfield"])
-
-
-def test_missing_photographs_are_an_error_with_a_remedy(runs, tmp_path):
     with pytest.raises(InputError, match=r"no photographs for the figure: .*\nName their folder with --data"):
-        pick_records(runs, tmp_path, None)
-
-
-def other_size(one: Run, two: Run) -> None:
-    two.metrics["score_size"] = 256
-
-
-def other_images(one: Run, two: Run) -> None:
-    two.images = two.images[1:]
-
-
-def other_labels(one: Run, two: Run) -> None:
-    two.labels[3] = "00000000"
-
-
-def other_model_size(one: Run, two: Run) -> None:
-    two.metrics["image_size"] = 64
+        pick_records([run], tmp_path, None)
 
 
 @pytest.mark.parametrize(
     ("change", "mark"),
     [
-        (other_size, "scored at size 256, one/unet at native"),
-        (other_images, r"scored on other images \(11\) than one/unet \(12\)"),
-        (other_labels, "scored against other labels than one/unet"),
-        (other_model_size, "perturbed at 64 pixels, one/unet at 32"),
+        (lambda run: run.metrics.update(score_size=256), "scored at size 256, one/unet at native"),
+        (lambda run: run.images.pop(0), r"scored on other images \(11\) than one/unet \(12\)"),
+        (lambda run: run.labels.__setitem__(3, "00000000"), "scored against other labels than one/unet"),
+        (lambda run: run.metrics.update(image_size=64), "perturbed at 64 pixels, one/unet at 32"),
     ],
+    ids=["size", "images", "labels", "model-size"],
 )
 def test_scores_that_cannot_be_compared_are_refused_or_marked(runs, change, mark):
-    change(*runs)
+    change(runs[1])
     with pytest.raises(InputError, match=rf"(?s)two/unet: {mark}.*--mixed"):
         mark_differences(runs, allowed=False)
     mark_differences(runs, allowed=True)
@@ -270,17 +243,10 @@ def test_marked_runs_have_a_note_in_the_report(monkeypatch, folders, tmp_path):
     assert "| two/unet* |" in text and "\\* two/unet: scored at size 256, one/unet at native." in text
 
 
-@pytest.mark.parametrize(
-    ("name", "problem"),
-    [
-        ("test/metrics.json", "has no scores"),
-        ("test/images.csv", "has no scores"),
-        ("config.json", "is not a run"),
-        ("log.csv", "is not a run"),
-    ],
-)
-def test_incomplete_run_is_an_error(name, problem, folders):
+@pytest.mark.parametrize("name", ["test/metrics.json", "test/images.csv", "config.json", "log.csv"])
+def test_incomplete_run_is_an_error(name, folders):
     (folders[1] / name).unlink()
+    problem = "has no scores" if name.startswith("test/") else "is not a run"
     with pytest.raises(InputError, match=f"{problem}: .*{name} is missing. Train it, then score it"):
         read_runs(folders)
 
@@ -291,12 +257,10 @@ def test_a_run_is_given_once(folders):
 
 
 def test_a_run_with_stages_is_read_from_its_segmentation(tested, tmp_path):
-    whole = tmp_path / "autoencoder"
-    shutil.copytree(tested, whole / "segmentation")
-    expected = whole / "segmentation"
-    for folder in (whole, expected):
+    stage = Path(shutil.copytree(tested, tmp_path / "autoencoder/segmentation"))
+    for folder in (stage.parent, stage):
         (run,) = read_runs([folder])
-        assert run.name == "autoencoder" and run.folder == expected
+        assert run.name == "autoencoder" and run.folder == stage
 
 
 def test_styles_differ_beyond_the_number_of_colors():
@@ -314,7 +278,7 @@ def test_absent_class_has_no_bar():
 GAIN = next(experiment for experiment in PRETRAINING if experiment.baseline)
 
 
-def rows_of(name: str, *iou: float, **scores: object) -> list[dict[str, object]]:
+def rows_of(name: str, *iou: float, **scores) -> list[dict]:
     """Rows of runs.csv of one experiment, a row per seed."""
     return [
         {"run": f"seed{seed}/{name}", "seed": str(seed), "iou": value, "iou_cat": value / 2, **scores}
@@ -323,25 +287,17 @@ def rows_of(name: str, *iou: float, **scores: object) -> list[dict[str, object]]
 
 
 def test_table_over_seeds_has_spread_and_paired_gain():
-    """The gains are 12 and 8: differences of runs with the same seed."""
+    """The gains are 12 and 8: differences of runs with the same seed. Single seeds have no table."""
     rows = rows_of(GAIN.baseline, 30, 32) + rows_of(GAIN.name, 42, 40, psnr=20.0, ssim=0.5)
     lines = format_seeds(rows).splitlines()
     assert lines[0] == "| experiment | mIoU | gain | over | IoU cat | PSNR, dB | SSIM |"
     assert lines[2] == f"| {GAIN.baseline} | 31.0 ± 1.4 |  |  | 15.5 ± 0.7 |  |  |"
     gain = f"+10.0 ± 2.8 | {GAIN.baseline}"
     assert lines[3] == f"| {GAIN.name} | 41.0 ± 1.4 | {gain} | 20.5 ± 0.7 | 20.0 ± 0.0 | 0.500 ± 0.000 |"
-    as_text = [{key: str(value) for key, value in row.items()} for row in rows]
-    for row in as_text:
-        row.setdefault("psnr", "")  # as runs.csv is read
+    as_text = [{"psnr": "", **{key: str(value) for key, value in row.items()}} for row in rows]  # as runs.csv is read
     assert format_seeds(as_text) == format_seeds(rows)
-
-
-def test_gain_is_over_the_seeds_that_both_have():
     text = format_seeds(rows_of(GAIN.baseline, 30) + rows_of(GAIN.name, 42, 20))
-    assert f"| {GAIN.name} | 31.0 ± 15.6 | +12.0 | {GAIN.baseline} |" in text
-
-
-def test_single_seeds_have_no_table():
+    assert f"| {GAIN.name} | 31.0 ± 15.6 | +12.0 | {GAIN.baseline} |" in text, "over the seeds that both have"
     assert format_seeds(rows_of(GAIN.baseline, 30) + rows_of(GAIN.name, 42)) == ""
 
 
@@ -350,8 +306,8 @@ def test_better_run_is_recognized(monkeypatch, folders, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "95 % interval" in printed and ": better." in printed
     assert (tmp_path / "comparison.md").read_text() in printed
-    verdict = json.loads((tmp_path / "comparison.json").read_text())
-    truth = json.loads((folders[0] / "test/metrics.json").read_text())["iou"]["mean"]
+    verdict = read_json(tmp_path / "comparison.json")
+    truth = read_json(folders[0] / "test/metrics.json")["iou"]["mean"]
     assert verdict["ours"]["mean"] == 1 and verdict["theirs"]["mean"] == pytest.approx(truth, abs=1e-9)
     assert verdict["difference"] == pytest.approx(1 - truth) and verdict["share_better"] == 1
 

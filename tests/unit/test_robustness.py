@@ -1,10 +1,6 @@
 """utils/robustness.py: the variants of a test set with perturbations, the summary of their scores, and its figure."""
 
-from __future__ import annotations
-
-import csv
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +17,7 @@ from unet.model import UNet
 from utils.dataset import CLICKS, PETS
 from utils.evaluation import ModelTest, evaluate, predict_classes
 from utils.figures import class_styles
+from utils.files import read_csv, read_json
 from utils.image import rescale_point
 from utils.metric import ConfusionMatrix, count_confusion
 from utils.predictor import resize_logits
@@ -43,7 +40,7 @@ def model() -> UNet:
 
 
 @pytest.fixture
-def records(prepared: Path) -> list[Record]:
+def records(prepared) -> list[Record]:
     return find_records(prepared, "Test")
 
 
@@ -52,9 +49,7 @@ def make_test_set(records: list[Record], *names: str) -> PetDataset:
 
 
 def test_variants_are_the_clean_image_and_every_level_and_draw():
-    everything = choose_perturbations([])
-    assert [one.name for one in everything] == list(PERTURBATIONS)
-    variants = list_variants(everything)
+    variants = list_variants(choose_perturbations([]))
     assert variants[0] == Variant() and len(set(variants)) == len(variants)
     assert len(variants) == 1 + sum(one.draws * (len(one.amounts) - 1) for one in PERTURBATIONS.values())
     assert list_variants(choose_perturbations(None)) == [Variant()]
@@ -70,22 +65,15 @@ def test_level_zero_is_the_clean_score_and_batch_size_changes_nothing(records, m
     assert [len(draws) for draws in levels] == [PERTURBATIONS[name].draws] * len(PERTURBATIONS[name].amounts)
     assert all(torch.equal(counts, clean) for counts in levels[0])
     assert all(counts.sum() == clean.sum() for draws in levels for counts in draws), "every level scores all pixels"
-    draws = {tuple(counts.flatten().tolist()) for counts in levels[-1]}
-    assert len(draws) == PERTURBATIONS[name].draws, "draws differ"
+    assert len({counts.numpy().tobytes() for counts in levels[-1]}) == PERTURBATIONS[name].draws, "draws differ"
 
 
 def test_all_models_see_the_same_perturbed_images(records, model):
     test_set = make_test_set(records[:3], "salt_and_pepper", "gaussian_blur")
-    seen = []
-    for one in (model, UNet(num_classes=3, base_channels=4).eval()):
-        seen.append([])
-        predict = predict_classes(one)
-
-        def record_images(batch, predict=predict):
-            seen[-1].append(batch["image"].clone())
-            return predict(batch)
-
-        evaluate(record_images, test_set, CPU)
+    seen = [], []
+    for images, one in zip(seen, (model, UNet(num_classes=3, base_channels=4).eval())):
+        one.register_forward_pre_hook(lambda _, inputs, images=images: images.append(inputs[0].clone()))
+        evaluate(predict_classes(one), test_set, CPU)
     assert len(seen[0]) == len(list_variants(test_set.perturbations))
     assert all(torch.equal(one, two) for one, two in zip(*seen, strict=True))
     assert len({image.numpy().tobytes() for image in seen[0]}) == len(seen[0]), "no two variants are equal"
@@ -144,16 +132,16 @@ def summary(monkeypatch) -> dict:
     """Half of each class is right in the clean images, less at each level; there is no dog in the truth."""
     monkeypatch.setattr(Perturbation, "draws", property(lambda self: 2 if self.sample else 1))
     variants = list_variants(WAYS)
-    counts = []
-    for variant in variants:
-        right = 50 - 10 * variant.level - 2 * variant.draw - 5 * (variant.perturbation is WAYS[1])
-        counts.append(torch.tensor([[right, 100 - right, 0], [100 - right, right, 0], [0, 0, 0]]))
+    counts = [table(50 - 10 * one.level - 2 * one.draw - 5 * (one.perturbation is WAYS[1])) for one in variants]
     return summarize_robustness(torch.stack(counts), variants, PETS)
 
 
+def table(right: int) -> torch.Tensor:
+    return torch.tensor([[right, 100 - right, 0], [100 - right, right, 0], [0, 0, 0]])
+
+
 def dice(right: int) -> float:
-    table = torch.tensor([[right, 100 - right, 0], [100 - right, right, 0], [0, 0, 0]])
-    return ConfusionMatrix(PETS.names, table).scores()["dice"]["cat"]
+    return ConfusionMatrix(PETS.names, table(right)).scores()["dice"]["cat"]
 
 
 def test_summary_holds_scores_by_level_and_draw(summary):
@@ -169,9 +157,8 @@ def test_summary_holds_scores_by_level_and_draw(summary):
 def test_files_hold_the_summary(summary, tmp_path):
     text = write_robustness(tmp_path, summary, PETS, "title")
     assert format_robustness(summary) in text and str(tmp_path / "robustness.csv") in text
-    assert json.loads((tmp_path / "robustness.json").read_text()) == json.loads(json.dumps(summary))
-    with (tmp_path / "robustness.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    assert read_json(tmp_path / "robustness.json") == json.loads(json.dumps(summary))
+    rows = read_csv(tmp_path / "robustness.csv")
     assert len(rows) == sum(len(way.amounts) * way.draws for way in WAYS) * (len(PETS) + 1)
     for row in rows:
         entry = summary["perturbations"][row["perturbation"]]
@@ -185,9 +172,8 @@ def test_files_hold_the_summary(summary, tmp_path):
 def test_text_lists_the_most_harmful_perturbation_first(summary):
     lines = format_robustness(summary).splitlines()
     assert [line.split()[0] for line in lines] == ["retained", "second", "first", "mean"]
-    assert lines[1].split()[1:] == [
-        f"{100 * summary['perturbations']['second'][key]:.1f}" for key in ("retained_last", "retained_mean", "area")
-    ]
+    second = summary["perturbations"]["second"]
+    assert lines[1].split()[1:] == [f"{100 * second[key]:.1f}" for key in ("retained_last", "retained_mean", "area")]
 
 
 def test_figure_shows_mean_and_range_of_the_draws(summary):

@@ -1,7 +1,5 @@
 """study/run.py and experiments.py: the scripts that a study starts, with which flags, and what it refuses."""
 
-from __future__ import annotations
-
 import importlib
 import shutil
 import subprocess
@@ -9,13 +7,14 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
+from unittest.mock import Mock
 
 import pytest
 
 from models import MODELS as MODEL_TABLE
 from study import run as study
-from study.experiments import LISTS, MODELS, PRETRAINING, Experiment
+from study.experiments import LISTS, MODELS, PRETRAINING
 from tests.helpers import ROOT
 from utils.config import Terminated, as_plain_dict, flag_name, parse
 from utils.files import InputError, write_json
@@ -27,8 +26,6 @@ DEPENDENT = next(one for one in MODELS if one.starts_from)
 
 
 class Command(NamedTuple):
-    """A script that was started, with its arguments."""
-
     script: str
     arguments: list[str]
 
@@ -37,7 +34,6 @@ class Command(NamedTuple):
         return self.script.split("/")[0]
 
     def value(self, name: str) -> str:
-        """The value of a flag."""
         return self.arguments[self.arguments.index(name) + 1]
 
 
@@ -45,12 +41,16 @@ def config_of(model: str) -> type:
     return importlib.import_module(f"{model}.train").Config
 
 
+def flags_of(model: str) -> set[str]:
+    return {flag_name(field.name) for field in fields(config_of(model))}
+
+
 @pytest.fixture
 def commands(monkeypatch) -> list[Command]:
     """The scripts that the study starts. None runs; each leaves the files by which the study sees that it has run."""
-    started: list[Command] = []
+    started = []
 
-    def start(line: list[str]) -> SimpleNamespace:
+    def start(line):
         assert line[0] == sys.executable and all(isinstance(part, str) for part in line)
         command = Command(Path(line[1]).relative_to(ROOT).as_posix(), line[2:])
         started.append(command)
@@ -68,10 +68,10 @@ def commands(monkeypatch) -> list[Command]:
 
 
 @pytest.fixture
-def run_study(monkeypatch, tmp_path: Path):
+def run_study(monkeypatch, tmp_path):
     """Run study/run.py in this process, into tmp_path."""
 
-    def start(*flags: object) -> None:
+    def start(*flags):
         monkeypatch.setattr("sys.argv", ["run.py", "--out", str(tmp_path), "--data", "D", *map(str, flags)])
         study.main()
 
@@ -97,10 +97,14 @@ def test_every_experiment_of_a_list_is_trained_and_tested_once_per_seed(commands
     assert commands[0].arguments == ["D"] and commands[1].arguments[0] == "D"
 
     assert [folder(command, tmp_path) for command in select(commands, "train.py")] == folders
-    for command, experiment in zip(select(commands, "train.py"), 2 * LISTS[name]):
-        assert command.value("--data") == "D"
-        assert f"seed{command.value('--seed')}" in Path(command.value("--out")).parts
-        assert set(experiment.flags) <= set(command.arguments)
+    for number, (command, experiment) in enumerate(zip(select(commands, "train.py"), 2 * LISTS[name])):
+        assert command.value("--data") == "D" and set(experiment.flags) <= set(command.arguments)
+        seed = f"seed{command.value('--seed')}"
+        assert seed in Path(command.value("--out")).parts
+        if experiment.starts_from:
+            flag, other, file = experiment.starts_from
+            assert command.value(flag) == str(tmp_path / seed / other / file)
+            assert f"{seed}/{other}" in folders[:number], "trained before"
     for command, path, experiment in zip(select(commands, "test.py"), folders, 2 * LISTS[name]):
         assert command.value("--checkpoint") == str(tmp_path / path / MODEL_TABLE[experiment.model].checkpoint)
         assert "--perturb" in command.arguments and command.value("--data") == "D"
@@ -112,22 +116,8 @@ def test_every_experiment_of_a_list_is_trained_and_tested_once_per_seed(commands
     assert all(f"{tmp_path / path}: to do" in printed for path in folders)
 
 
-@pytest.mark.parametrize("name", LISTS)
-def test_experiments_that_start_from_another_get_its_file(commands, run_study, tmp_path, name):
-    run_study("--experiments", name, "--seeds", 2, *(RANDOM_CLIP if name == "models" else ()))
-    training = select(commands, "train.py")
-    finished: set[str] = set()
-    for command, experiment in zip(training, 2 * LISTS[name]):
-        path = folder(command, tmp_path)
-        if experiment.starts_from:
-            flag, other, file = experiment.starts_from
-            start = f"{path.split('/')[0]}/{other}"
-            assert command.value(flag) == str(tmp_path / start / file) and start in finished
-        finished.add(path)
-
-
 def test_only_the_named_experiments_are_run(commands, run_study):
-    """Without the experiment that it starts from, one starts from its own first stage or weights."""
+    """Without the experiment that it starts from, it starts from its own first stage or weights."""
     run_study("--only", DEPENDENT.name, "--no-perturb", *(RANDOM_CLIP if "clip" in DEPENDENT.model else ()))
     (train,), (test,) = select(commands, "train.py"), select(commands, "test.py")
     assert train.model == test.model == DEPENDENT.model
@@ -135,7 +125,7 @@ def test_only_the_named_experiments_are_run(commands, run_study):
 
 
 def test_encoders_of_the_pretraining_list_are_shared(commands, run_study):
-    """Each reconstruction is trained once per seed, and every experiment under another head gets its encoder."""
+    """Each reconstruction is trained once per seed; every experiment with another head gets its encoder."""
     run_study("--experiments", "pretraining", "--seeds", 2)
     training = [command for command in select(commands, "train.py") if command.model == "autoencoder"]
     losses = [one.flags[1] for one in PRETRAINING if "--reconstruction-loss" in one.flags]
@@ -154,9 +144,8 @@ def test_flags_after_the_dashes_go_to_every_training_that_has_them(commands, run
     }  # fmt: skip
     run_study("--", *(part for pair in passed.items() for part in pair if part is not None))
     for command, experiment in zip(select(commands, "train.py"), MODELS, strict=True):
-        known = {flag_name(field.name) for field in fields(config_of(experiment.model))}
         for name, value in passed.items():
-            takes = name in known and name not in experiment.refuses
+            takes = name in flags_of(experiment.model) - set(experiment.refuses)
             assert (name in command.arguments) == takes, f"{experiment.name} {name}"
             assert not takes or value in (None, command.value(name))
     for command in select(commands, "test.py"):
@@ -194,17 +183,14 @@ def test_unknown_names_and_flags_are_refused_before_anything_runs(commands, run_
     assert commands == []
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
+def test_bad_values_end_the_study_as_they_end_a_training(commands, run_study, capsys):
+    for flags, message in [
         (["--epochs", "0"], "argument --epochs: expected at least 1, got 0"),
         (["--loss", "l7"], "argument --loss: expected one of cross-entropy"),
-    ],
-)
-def test_bad_values_end_the_study_as_they_end_a_training(commands, run_study, capsys, flags, message):
-    with pytest.raises(SystemExit) as error:
-        run_study("--", *flags)
-    assert error.value.code == 2 and message in capsys.readouterr().err and commands == []
+    ]:
+        with pytest.raises(SystemExit) as error:
+            run_study("--", *flags)
+        assert error.value.code == 2 and message in capsys.readouterr().err and commands == []
 
 
 def test_finished_runs_are_kept_and_begun_runs_are_resumed(commands, run_study, tmp_path, capsys):
@@ -218,9 +204,8 @@ def test_finished_runs_are_kept_and_begun_runs_are_resumed(commands, run_study, 
     (in_testing / "robustness.json").unlink()
     capsys.readouterr()
     run_study(*flags, 1)
-    training = select(commands, "train.py")
-    assert [folder(command, tmp_path) for command in training] == [f"seed0/{name}" for name in names[1:3]]
-    assert all(command.arguments[-1] == "--resume" for command in training)
+    training = [(folder(command, tmp_path), command.arguments[-1]) for command in select(commands, "train.py")]
+    assert training == [(f"seed0/{name}", "--resume") for name in names[1:3]]
     assert len(select(commands, "test.py")) == 2
     printed = capsys.readouterr().out
     assert printed.count(": finished") == 2 and printed.count(": to do") == 2
@@ -256,69 +241,30 @@ def test_clip_weights_are_checked_before_any_training(commands, run_study, tmp_p
     assert len(select(commands, "train.py")) == 2, "the second time nothing is left to train"
 
 
-class Process:
-    """A script that ends with `code`, or whose first `wait` is interrupted by `error`."""
-
-    def __init__(self, code: int = 0, error: BaseException | None = None):
-        self.code, self.error = code, error
-        self.events: list[str] = []
-
-    def wait(self) -> int:
-        self.events.append("wait")
-        if self.error and self.events.count("wait") == 1:
-            raise self.error
-        return self.code
-
-    def terminate(self) -> None:
-        self.events.append("terminate")
-
-
-@pytest.fixture
-def execute(monkeypatch):
-    def start(process: Process) -> None:
-        monkeypatch.setattr(subprocess, "Popen", lambda line: process)
+@pytest.mark.parametrize(
+    ("first", "code", "error", "events"),
+    [
+        (Terminated(), 143, Terminated, ["wait", "terminate", "wait"]),
+        (KeyboardInterrupt(), 130, KeyboardInterrupt, ["wait", "wait"]),
+        (130, None, KeyboardInterrupt, ["wait"]),
+        (143, None, KeyboardInterrupt, ["wait"]),
+    ],
+    ids=["SIGTERM", "Ctrl-C", "130", "143"],
+)
+def test_interrupts_of_the_study_and_of_the_script_end_both(monkeypatch, first, code, error, events):
+    """SIGTERM is passed on to the script; Ctrl-C reaches it by itself. `first` and `code` are what `wait` gives."""
+    process = Mock(**{"wait.side_effect": [first, code]})
+    monkeypatch.setattr(subprocess, "Popen", lambda line: process)
+    with pytest.raises(KeyboardInterrupt) as raised:
         study.execute(["unet/train.py", "--epochs", 3])
-
-    return start
-
-
-def test_sigterm_reaches_the_running_script(execute):
-    process = Process(code=143, error=Terminated())
-    with pytest.raises(Terminated):
-        execute(process)
-    assert process.events == ["wait", "terminate", "wait"]
-
-
-def test_ctrl_c_waits_for_the_script_which_gets_it_too(execute):
-    process = Process(code=130, error=KeyboardInterrupt())
-    with pytest.raises(KeyboardInterrupt) as error:
-        execute(process)
-    assert process.events == ["wait", "wait"] and not isinstance(error.value, Terminated)
-
-
-@pytest.mark.parametrize("code", [130, 143])
-def test_an_interrupted_script_interrupts_the_study(execute, code):
-    with pytest.raises(KeyboardInterrupt):
-        execute(Process(code))
-
-
-def test_a_failing_script_ends_the_study(execute):
-    execute(Process(0))
-    with pytest.raises(InputError, match=r"unet/train\.py failed: fix the error above, and start the study again"):
-        execute(Process(1))
+    assert raised.type is error and [name for name, _, _ in process.mock_calls] == events
 
 
 @pytest.mark.parametrize("name", LISTS)
 def test_lists_are_consistent(name):
-    """Names are unique; an experiment depends on earlier ones of its list; its flags exist."""
-    seen: dict[str, Experiment] = {}
+    """Names are unique; a baseline is an earlier experiment of the list; the refused flags exist."""
+    seen = []
     for experiment in LISTS[name]:
-        assert experiment.name not in seen and experiment.model in MODEL_TABLE
-        known: dict[str, Any] = {flag_name(field.name): field for field in fields(config_of(experiment.model))}
-        flags = {part for part in (*experiment.flags, *experiment.refuses) if part.startswith("--")}
-        assert flags <= set(known), f"{experiment.name}: {', '.join(flags - set(known))} are not flags of its train.py"
-        if experiment.starts_from:
-            assert experiment.starts_from[0] in known and experiment.starts_from[1] in seen
-        if experiment.baseline:
-            assert experiment.baseline in seen
-        seen[experiment.name] = experiment
+        assert experiment.name not in seen and experiment.baseline in (None, *seen)
+        assert set(experiment.refuses) <= flags_of(experiment.model), experiment.name
+        seen.append(experiment.name)

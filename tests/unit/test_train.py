@@ -1,7 +1,5 @@
 """utils/train.py: early stopping, the log, micro-batches, and `fit`."""
 
-from __future__ import annotations
-
 import copy
 import csv
 import itertools
@@ -40,13 +38,10 @@ def test_early_stopping_counts_epochs_without_improvement():
     for _ in range(10):
         never.update(1.0)
     assert not never.should_stop
-
-
-def test_difference_of_exactly_min_delta_is_an_improvement():
-    stopping = EarlyStopping(patience=1, min_delta=0.5)
-    stopping.update(1.0)
-    stopping.update(0.5)
-    assert stopping.best == 0.5 and not stopping.should_stop
+    exact = EarlyStopping(patience=1, min_delta=0.5)
+    exact.update(1.0)
+    exact.update(0.5)
+    assert exact.best == 0.5 and not exact.should_stop, "an improvement of exactly min_delta counts"
 
 
 def test_log_continues_after_the_rows_of_the_checkpoint(tmp_path):
@@ -59,14 +54,11 @@ def test_log_continues_after_the_rows_of_the_checkpoint(tmp_path):
     assert rows == [{"epoch": "1", "val_loss": "0.5"}, {"epoch": "2", "val_loss": "0.3"}]
 
 
-def losses_of(last: dict) -> list[dict]:
-    """The log of a run without what depends on the machine's speed."""
-    return [{key: row[key] for key in row if key not in ("seconds", "images_per_second")} for row in last["log"]]
-
-
-def assert_same_run(first: dict, second: dict) -> None:
+def assert_same_run(first, second):
+    """The same but for what depends on the machine's speed."""
     assert_same_weights(first, second)
-    assert losses_of(first) == losses_of(second)
+    for one, two in zip(first["log"], second["log"], strict=True):
+        assert {**one, "seconds": 0, "images_per_second": 0} == {**two, "seconds": 0, "images_per_second": 0}
     for key in ("stopping", "best_loss", "epoch"):
         assert first[key] == second[key], key
     states = (last["optimizer"]["state"].values() for last in (first, second))
@@ -75,7 +67,7 @@ def assert_same_run(first: dict, second: dict) -> None:
     assert torch.equal(first["random_state"]["cpu"], second["random_state"]["cpu"])
 
 
-def interrupted_at(call: int):
+def interrupted_at(call):
     """A step that Ctrl-C interrupts at its n-th call, from 1."""
     calls = itertools.count(1)
 
@@ -87,18 +79,15 @@ def interrupted_at(call: int):
     return step
 
 
-def unet_with_dropout() -> nn.Module:
-    torch.manual_seed(1)
-    return nn.Sequential(UNet(**UNET_ARGS), nn.Dropout2d(0.3))
-
-
 def test_resumed_run_equals_the_uninterrupted_one(prepared, tmp_path):
     """Bit for bit, with dropout and a learning rate that falls, after Ctrl-C in the first and in the third epoch."""
     steps = 4  # of an epoch: three to train and one to validate
 
-    def train_part(folder: str, **settings) -> dict:
-        defaults = {"epochs": 4, "patience": 0, "lr": 1e-2, "schedule": "cosine"}
-        return train(prepared, tmp_path / folder, model=unet_with_dropout(), **{**defaults, **settings})
+    def train_part(folder, **settings):
+        torch.manual_seed(1)
+        model = nn.Sequential(UNet(**UNET_ARGS), nn.Dropout2d(0.3))
+        settings |= {"epochs": 4, "patience": 0, "lr": 1e-2, "schedule": "cosine"}
+        return train(prepared, tmp_path / folder, model=model, **settings)
 
     whole = train_part("whole")
     assert [row["lr"] for row in whole["log"]] == pytest.approx([1e-2, 0.853553e-2, 0.5e-2, 0.146447e-2], rel=1e-5)
@@ -149,11 +138,9 @@ def test_frozen_parameters_stay_out_of_the_optimizer(prepared, tmp_path):
 def test_losses_are_independent_of_the_micro_batch_size(prepared, tmp_path):
     """Batches of 10 images, and a last one of 2."""
 
-    def losses(micro: int | None) -> list[float]:
-        last = train(
-            prepared, tmp_path / str(micro), step=every_pixel_step, model=without_batch_norm(),
-            batch_size=10, micro_batch_size=micro, lr=1e-2, epochs=2,
-        )  # fmt: skip
+    def losses(micro):
+        settings = {"batch_size": 10, "micro_batch_size": micro, "lr": 1e-2, "epochs": 2}
+        last = train(prepared, tmp_path / str(micro), step=every_pixel_step, model=without_batch_norm(), **settings)
         return [row[name] for row in last["log"] for name in ("train_loss", "val_loss")]
 
     whole = losses(None)
@@ -164,10 +151,10 @@ def test_losses_are_independent_of_the_micro_batch_size(prepared, tmp_path):
 
 @pytest.mark.parametrize("micro", [None, 4, 1])
 def test_gradient_of_a_step_is_that_of_its_batch(prepared, tmp_path, monkeypatch, micro):
-    def record(optimizer: torch.optim.Adam, closure: None = None) -> None:
+    def record(optimizer, closure=None):
         gradients.append([parameter.grad.clone() for parameter in optimizer.param_groups[0]["params"]])
 
-    gradients: list[list[torch.Tensor]] = []
+    gradients = []
     monkeypatch.setattr(torch.optim.Adam, "step", record)  # the weights stay as they are
     settings = {"batch_size": 10, "micro_batch_size": micro, "epochs": 1}
     train(prepared, tmp_path, step=every_pixel_step, model=without_batch_norm(), **settings)
@@ -184,7 +171,9 @@ def test_gradient_of_a_step_is_that_of_its_batch(prepared, tmp_path, monkeypatch
             torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-4)
 
 
-def test_batch_that_cannot_be_shared_is_refused(prepared, tmp_path, monkeypatch):
+def test_batch_sizes_that_cannot_be_trained_are_refused(prepared, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="--micro-batch-size auto needs a GPU: on a CPU give a number"):
+        train(prepared, tmp_path, micro_batch_size="auto")
     with pytest.raises(InputError, match=r"12 training images .* fewer than a batch of 13: use --batch-size 12"):
         train(prepared, tmp_path, batch_size=13)
     monkeypatch.setattr(train_module, "world_size", lambda: 5)
@@ -192,7 +181,7 @@ def test_batch_that_cannot_be_shared_is_refused(prepared, tmp_path, monkeypatch)
         train(prepared, tmp_path, batch_size=4)
 
 
-def step_with_memory_for(room: int):
+def step_with_memory_for(room):
     """A step that runs out of memory with more than `room` images, and that draws random numbers."""
 
     def step(model, batch):
@@ -204,7 +193,7 @@ def step_with_memory_for(room: int):
     return step
 
 
-def find_on_gpu(model, step, train_set, run) -> int:
+def find_on_gpu(model, step, train_set, run):
     """`find_micro_batch_size` with the device "meta", which computes nothing, in the place of a GPU."""
     run = copy.copy(run)
     run.device = torch.device("meta")
@@ -216,7 +205,7 @@ def find(prepared, tmp_path, monkeypatch):
     """Finds the micro-batch size for a batch of 8 and a step."""
     monkeypatch.setattr(train_module, "clear_device_cache", lambda **_: None)
 
-    def find(step) -> int:
+    def find(step):
         run = start_run(train_config(prepared, tmp_path, batch_size=8), "unet")
         return find_on_gpu(UNet(**UNET_ARGS), step, PetDataset(find_records(prepared, "TrainVal"), 32), run)
 
@@ -229,30 +218,21 @@ def test_auto_halves_the_micro_batch_until_it_fits(find, room, found):
     assert find(step_with_memory_for(room)) == found
 
 
-def test_auto_without_memory_for_one_image_is_refused(find):
-    with pytest.raises(InputError, match="not even one image fits in memory"):
-        find(step_with_memory_for(0))
-
-
-def test_auto_does_not_hide_other_errors(find):
+def test_auto_refuses_too_little_memory_and_hides_no_other_error(find):
     def broken(model, batch):
         raise RuntimeError("size mismatch")
 
+    with pytest.raises(InputError, match="not even one image fits in memory"):
+        find(step_with_memory_for(0))
     with pytest.raises(RuntimeError, match="size mismatch"):
         find(broken)
 
 
 def test_auto_takes_the_smallest_of_all_ranks(find, monkeypatch):
     monkeypatch.setattr(train_module, "world_size", lambda: 2)
-    monkeypatch.setattr(train_module, "all_gather_objects", lambda own: [*own, 3])
-    assert find(step_with_memory_for(100)) == 3
-    monkeypatch.setattr(train_module, "all_gather_objects", lambda own: [*own, 7])
-    assert find(step_with_memory_for(100)) == 4, "the share of 8 images"
-
-
-def test_auto_on_a_cpu_is_refused(prepared, tmp_path):
-    with pytest.raises(InputError, match="--micro-batch-size auto needs a GPU: on a CPU give a number"):
-        train(prepared, tmp_path, micro_batch_size="auto")
+    for other, found in ((3, 3), (7, 4)):  # 4 is the own share of 8 images
+        monkeypatch.setattr(train_module, "all_gather_objects", lambda own, other=other: [*own, other])
+        assert find(step_with_memory_for(100)) == found
 
 
 def test_auto_run_equals_the_run_with_that_number(prepared, tmp_path, monkeypatch):
