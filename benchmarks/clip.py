@@ -12,7 +12,7 @@ from benchmarks.models import BATCH, Training, build_model
 from benchmarks.timing import DEVICE, compare
 from clip_seg.config import DEFAULT_CLIP
 from clip_seg.model import ClipEncoder, ClipSegmenter, make_encoder
-from study.experiments import MODELS
+from study.experiments import EXPERIMENTS
 from utils.loader import prepare_batch
 
 
@@ -30,7 +30,7 @@ def measure(_: Path, repeats: int) -> dict:
         "torchvision_bytes": lambda: torchvision(list(pixels), **options)["pixel_values"].to(DEVICE),
     }
     figures = {"preparation_of_32_images": compare(repeats, preparations)}
-    for experiment in (one for one in MODELS if one.model == "point_clip"):
+    for experiment in (one for one in EXPERIMENTS if one.model == "point_clip"):
         clicked = partial(click, build_model(experiment).eval(), images[:1])
         figures[experiment.name] = compare(repeats, {f"clicks_{count}": partial(clicked, count) for count in (1, 10)})
     figures["MiB_for_backward"] = {name: kept_for_backward(one, images[:BATCH]) for name, one in encoders.items()}

@@ -62,12 +62,12 @@ class MemoryLoader(list):
 def measure(base: Path, repeats: int) -> dict:
     figures = {"image_size": SIZE, "base_channels": CHANNELS, "batch_size": BATCH}
     test_set = make_test_set(TestConfig(data=base, limit=BATCH), SIZE)
-    for experiment in experiments.MODELS:
+    for experiment in experiments.EXPERIMENTS:
         model = build_model(experiment)
         training = measure_training(model, min(repeats, 3))
         figures[experiment.name] = training | measure_evaluation(model, test_set, min(repeats, 3))
     perturbed = make_test_set(TestConfig(data=base, limit=BATCH // 4, perturb=[]), 256)
-    unet = build_model(experiments.MODELS[0])
+    unet = build_model(experiments.EXPERIMENTS[0])
     figures["unet_all_perturbations"] = measure_evaluation(unet, perturbed, min(repeats, 3))
     run = start_run(TrainConfig(out=base / "run", device=DEVICE.type, precision="fp32"), "unet")
     bare = Training(unet)

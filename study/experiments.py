@@ -17,7 +17,7 @@ class Experiment:
 
 ENCODER = "reconstruction/best.pt"  # of an autoencoder's run
 
-MODELS = [
+EXPERIMENTS = [
     Experiment("unet", "unet"),
     Experiment("autoencoder", "autoencoder"),
     Experiment("autoencoder-skips", "autoencoder", ("--skips",), ("--encoder", "autoencoder", ENCODER)),
@@ -46,4 +46,4 @@ PRETRAINING = [
     Experiment("unet", "unet"),
 ]
 
-LISTS = {"models": MODELS, "pretraining": PRETRAINING}
+LISTS = {"models": EXPERIMENTS, "pretraining": PRETRAINING}

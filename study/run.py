@@ -154,7 +154,7 @@ def execute(command: Sequence[object]) -> None:
     if code in (130, 143):
         raise KeyboardInterrupt
     if code:
-        raise InputError(f"{script} failed: fix the error above, and start the study again")
+        raise InputError(f"{script} failed: fix the error above, then start the study again")
 
 
 if __name__ == "__main__":

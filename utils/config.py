@@ -119,7 +119,9 @@ class TrainConfig:
     )
     compile: bool = flag(False, "compile the model with torch.compile")
     resume: bool = flag(False, "continue the run in --out with its own settings")
-    limit: int | None = flag(None, "use only this many images, spread over all species (for a quick try)", low=4)
+    limit: int | None = flag(
+        None, "use only this many images (before the split and the balancing), for a quick try", low=4
+    )
 
 
 @dataclass

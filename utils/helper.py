@@ -54,8 +54,8 @@ def load_checkpoint(path: Path, model_name: str | None = None, *, default_classe
     truncated, not a checkpoint, of another model, or would execute code on loading.
     """
     if not path.is_file():
-        train = f"{model_name.split('/')[0]}/train.py" if model_name else "the model's train.py"
-        raise InputError(f"{path}: no such checkpoint. Train first: python {train}")
+        train = f"python {model_name.split('/')[0]}/train.py" if model_name else "run the train.py of a model"
+        raise InputError(f"{path}: no such checkpoint. Train first: {train}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -88,7 +88,7 @@ def restore_model(
         model = build(**checkpoint["model_args"])
         load_model_state(model, checkpoint["model"])
     except (TypeError, RuntimeError) as error:
-        raise InputError(f"{path} does not fit {getattr(build, '__name__', model_name)}: {error}") from error
+        raise InputError(f"{path} does not fit {getattr(build, '__name__', model_name)}: {str(error)[:300]}") from error
     return model.to(device, memory_format=torch.channels_last).eval(), checkpoint
 
 

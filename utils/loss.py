@@ -33,7 +33,10 @@ def dice_loss(logits: Tensor, target: Tensor) -> Tensor:
 
 
 # The names that `--loss` knows. A loss takes logits (B, C, H, W) and target (B, H, W), and returns a scalar.
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cross-entropy": cross_entropy, "dice": dice_loss}
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cross-entropy": cross_entropy,
+    "dice": dice_loss,
+}
 
 
 class WeightedLoss:

@@ -120,14 +120,14 @@ def fit(
             lr = learning_rate(config, epoch)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            train_loss, speed = train_one_epoch(wrapped, step, train_loader, optimizer, run, epoch)
+            train_loss, columns = train_one_epoch(wrapped, step, train_loader, optimizer, run, epoch)
             # Unwrapped: ranks may have different numbers of validation batches and must not wait for each other.
             val_loss, confusion = validate(accelerator.unwrap_model(wrapped), step, val_loader, device, class_names)
             check_finite(val_loss, f"validation loss of epoch {epoch}", config)
             stopping.update(val_loss)
             scores = confusion.scores()
             iou = {f"val_iou_{name}": value for name, value in scores["iou"].items()} if confusion.counts.any() else {}
-            row = {"epoch": epoch, "train_loss": train_loss, "val_loss": val_loss, **iou, "lr": lr, **speed}
+            row = {"epoch": epoch, "train_loss": train_loss, "val_loss": val_loss, **iou, "lr": lr, **columns}
             run.save(row, scores)
     except KeyboardInterrupt:
         log.info("interrupted; %s holds the last complete epoch, --resume continues after it", run.folder / "last.pt")

@@ -15,8 +15,8 @@ from PIL import Image
 
 from dataset.perturbation import PERTURBATIONS
 from dataset.pet import find_records
-from models import MODELS as MODEL_TABLE
-from study.experiments import MODELS, Experiment
+from models import MODELS
+from study.experiments import EXPERIMENTS, Experiment
 from tests.helpers import ROOT, TINY, succeed
 from utils.config import flag_name
 from utils.dataset import CLICKS, ClassTable
@@ -53,7 +53,7 @@ class Trained:
 
     @property
     def checkpoint(self) -> Path:
-        return self.folder / MODEL_TABLE[self.experiment.model].checkpoint
+        return self.folder / MODELS[self.experiment.model].checkpoint
 
     @property
     def stage(self) -> Path:
@@ -77,7 +77,7 @@ class Trained:
 def train(prepared: Path, clip_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Trains the experiment of a name, once, after the one that it starts from; returns its run folder."""
     folders: dict[str, Path] = {}
-    by_name = {experiment.name: experiment for experiment in MODELS}
+    by_name = {experiment.name: experiment for experiment in EXPERIMENTS}
     runs = tmp_path_factory.mktemp("experiments")
 
     def train_once(name: str) -> Path:
@@ -94,7 +94,7 @@ def train(prepared: Path, clip_folder: Path, tmp_path_factory: pytest.TempPathFa
     return train_once
 
 
-@pytest.fixture(scope="module", params=MODELS, ids=lambda experiment: experiment.name)
+@pytest.fixture(scope="module", params=EXPERIMENTS, ids=lambda experiment: experiment.name)
 def trained(request: pytest.FixtureRequest, train: Callable[[str], Path]) -> Trained:
     return Trained(request.param, train(request.param.name))
 
@@ -213,16 +213,16 @@ def test_photographs_get_the_same_masks_from_both_scripts(trained, prepared, tmp
 
 
 def test_every_model_is_in_an_experiment():
-    missing = set(MODEL_TABLE) - {experiment.model for experiment in MODELS}
-    assert not missing, f"add an experiment of {', '.join(sorted(missing))} to MODELS in study/experiments.py"
+    missing = set(MODELS) - {experiment.model for experiment in EXPERIMENTS}
+    assert not missing, f"add an experiment of {', '.join(sorted(missing))} to EXPERIMENTS in study/experiments.py"
 
 
 def test_every_folder_with_a_train_script_is_in_the_table_of_models():
-    missing = {path.parent.name for path in ROOT.glob("*/train.py")} - set(MODEL_TABLE) - {"utils"}
+    missing = {path.parent.name for path in ROOT.glob("*/train.py")} - set(MODELS) - {"utils"}
     assert not missing, f"add {', '.join(sorted(missing))} to MODELS in models.py"
 
 
 def test_prompted_models_take_a_point():
-    for name, model in MODEL_TABLE.items():
+    for name, model in MODELS.items():
         takes = "point" in {field.name for field in fields(importlib.import_module(f"{name}.test").Config)}
         assert takes == (model.classes == CLICKS), f"{name}/test.py --point"

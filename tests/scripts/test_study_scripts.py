@@ -120,6 +120,6 @@ def test_stopped_and_killed_study_ends_with_the_same_weights(tmp_path):
 
 
 def test_failing_script_ends_the_study(tmp_path):
-    message = "dataset/dataset_prep.py failed: fix the error above, and start the study again"
+    message = "dataset/dataset_prep.py failed: fix the error above, then start the study again"
     fail("study/run.py", "--data", tmp_path / "none", "--out", tmp_path / "out", "--only", "unet", message=message)
     assert not (tmp_path / "out").exists()

@@ -12,17 +12,17 @@ from unittest.mock import Mock
 
 import pytest
 
-from models import MODELS as MODEL_TABLE
+from models import MODELS
 from study import run as study
-from study.experiments import LISTS, MODELS, PRETRAINING
+from study.experiments import EXPERIMENTS, LISTS, PRETRAINING
 from tests.helpers import ROOT
 from utils.config import Terminated, as_plain_dict, flag_name, parse
 from utils.files import InputError, write_json
 
 RANDOM_CLIP = ("--", "--clip-random-init")
-WITHOUT_CLIP = next(one for one in MODELS if not one.starts_from and "clip" not in one.model)
-ON_CLIP = next(one for one in MODELS if not one.starts_from and "clip" in one.model)
-DEPENDENT = next(one for one in MODELS if one.starts_from)
+WITHOUT_CLIP = next(one for one in EXPERIMENTS if not one.starts_from and "clip" not in one.model)
+ON_CLIP = next(one for one in EXPERIMENTS if not one.starts_from and "clip" in one.model)
+DEPENDENT = next(one for one in EXPERIMENTS if one.starts_from)
 
 
 class Command(NamedTuple):
@@ -106,7 +106,7 @@ def test_every_experiment_of_a_list_is_trained_and_tested_once_per_seed(commands
             assert command.value(flag) == str(tmp_path / seed / other / file)
             assert f"{seed}/{other}" in folders[:number], "trained before"
     for command, path, experiment in zip(select(commands, "test.py"), folders, 2 * LISTS[name]):
-        assert command.value("--checkpoint") == str(tmp_path / path / MODEL_TABLE[experiment.model].checkpoint)
+        assert command.value("--checkpoint") == str(tmp_path / path / MODELS[experiment.model].checkpoint)
         assert "--perturb" in command.arguments and command.value("--data") == "D"
     report = commands[-1]
     assert report.arguments[: len(folders)] == [str(tmp_path / path) for path in folders]
@@ -143,7 +143,7 @@ def test_flags_after_the_dashes_go_to_every_training_that_has_them(commands, run
         "--workers": "1", "--device": "cpu",
     }  # fmt: skip
     run_study("--", *(part for pair in passed.items() for part in pair if part is not None))
-    for command, experiment in zip(select(commands, "train.py"), MODELS, strict=True):
+    for command, experiment in zip(select(commands, "train.py"), EXPERIMENTS, strict=True):
         for name, value in passed.items():
             takes = name in flags_of(experiment.model) - set(experiment.refuses)
             assert (name in command.arguments) == takes, f"{experiment.name} {name}"
@@ -170,7 +170,7 @@ def test_flags_of_the_study_reach_their_scripts(commands, run_study, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--only", "resnet", "vgg", MODELS[0].name], f"--only resnet vgg: there are {MODELS[0].name}"),
+        (["--only", "resnet", "vgg", EXPERIMENTS[0].name], f"--only resnet vgg: there are {EXPERIMENTS[0].name}"),
         (["--", "--epochs", "3", "--depth", "5", "--accumulate", "2"], "--accumulate --depth: no train.py"),
         (["--only", WITHOUT_CLIP.name, *RANDOM_CLIP], "--clip-random-init: no train.py of this study"),
         (["--", "--seed", "3", "--out", "X"], "--out --seed after --: the study sets it for each run"),
