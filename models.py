@@ -60,5 +60,5 @@ def load_model(
         if "clip_model" not in inspect.signature(build).parameters:
             raise InputError(f"--clip-model: {path} holds a {name} model, which has no CLIP")
         build = partial(build, clip_model=clip_model)
-    device = pick_device(device) if isinstance(device, str) else device
+    device = pick_device(device) if isinstance(device, str) and ":" not in device else torch.device(device)
     return restore_model(path, build, name, device, default_classes=row.classes)

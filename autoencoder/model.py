@@ -1,7 +1,5 @@
 """An autoencoder learns features without labels; its frozen encoder carries a segmentation head (report section 4)."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 
@@ -102,7 +100,7 @@ class AutoencoderSegmenter(nn.Module):
         self.head = SegmentationHead(encoder.channels, num_classes, skips=skips)
         self.train()
 
-    def train(self, mode: bool = True) -> AutoencoderSegmenter:
+    def train(self, mode: bool = True) -> "AutoencoderSegmenter":
         super().train(mode)
         self.encoder.eval()  # in training mode batch norm would move its statistics, frozen weights or not
         return self
@@ -116,6 +114,6 @@ class AutoencoderSegmenter(nn.Module):
         return logits[..., :height, :width]
 
 
-def build_segmenter(num_classes: int = 3, *, base_channels: int = 64, skips: bool = False) -> AutoencoderSegmenter:
+def build_segmenter(num_classes: int = 3, *, base_channels: int = 64, skips: bool = False) -> "AutoencoderSegmenter":
     """The segmenter of a checkpoint's `model_args`, with an encoder of its own."""
     return AutoencoderSegmenter(Encoder(base_channels=base_channels), num_classes, skips=skips)

@@ -54,7 +54,7 @@ def main() -> None:
     from autoencoder.reconstruction import LOSSES
     from dataset.pet import make_train_sets
     from utils.loss import SegmentationLoss, WeightedLoss
-    from utils.run import refuse_another_run, start_run
+    from utils.run import lock_folder, refuse_another_run, start_run
     from utils.train import StepOutput, fit
 
     reconstruction_criterion = WeightedLoss(config.reconstruction_loss, LOSSES)
@@ -87,6 +87,8 @@ def main() -> None:
         missing = f"{pretraining.out / 'best.pt'}, the encoder that it depends on, is missing"
         raise InputError(f"--resume: {training.out} has begun, but {missing}: put it back, or use another --out")
     if run.is_main:
+        _lock = lock_folder(config.out)  # until this process ends
+        refuse_another_run(config)  # it may have been started in the meantime
         write_json(config.out / "config.json", as_plain_dict(config))
     if encoder is None:
         if not second_stage_began:

@@ -1,7 +1,5 @@
 """CLIP's patch tokens under a U-Net decoder (Radford et al. 2021; report section 5)."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from functools import partial
@@ -57,7 +55,7 @@ class ClipEncoder(nn.Module):
             parameter.requires_grad_(not frozen and "post_layernorm" not in name)  # it is for the unused pooled token
         self.train()
 
-    def train(self, mode: bool = True) -> ClipEncoder:
+    def train(self, mode: bool = True) -> "ClipEncoder":
         super().train(mode)
         if self.frozen:
             self.vision.eval()
@@ -120,7 +118,7 @@ class ClipSegmenter(nn.Module):
     Takes images (B, 3, H, W) in [0, 1], returns logits (B, num_classes, H, W), for any H and W.
     """
 
-    def __init__(self, encoder: ClipEncoder, num_classes: int = 3, *, base_channels: int = 64, skips: bool = False):
+    def __init__(self, encoder: "ClipEncoder", num_classes: int = 3, *, base_channels: int = 64, skips: bool = False):
         super().__init__()
         self.encoder = encoder
         self.project = nn.Conv2d(encoder.channels, base_channels * 2**LEVELS, 1)

@@ -1,7 +1,5 @@
 """Resized images and masks of a split, memory-mapped from one file."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Sequence
@@ -29,7 +27,7 @@ class Cache:
     times of the files, the class table, `size`), so changed data or classes make a new file.
     """
 
-    def __init__(self, records: Sequence[Record], size: int):
+    def __init__(self, records: Sequence["Record"], size: int):
         split_dir = records[0].image.parents[2]
         self.size = size
         self.shape = (len(records), size * size * 4)  # RGB, then the mask
@@ -58,8 +56,8 @@ class Cache:
     def _is_complete(self) -> bool:
         return self.path.exists() and self.path.stat().st_size == math.prod(self.shape)  # a copy may be cut short
 
-    def _build(self, records: Sequence[Record]) -> None:
-        def load(record: Record) -> bytes:
+    def _build(self, records: Sequence["Record"]) -> None:
+        def load(record: "Record") -> bytes:
             image = load_picture(record.image)
             return resize_image(image, self.size).tobytes() + resize_mask(record.load_label(), self.size).tobytes()
 

@@ -9,6 +9,7 @@ import itertools
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from study.experiments import LISTS, Experiment
-from utils.config import RESUMABLE, Terminated, as_plain_dict, flag, flag_name, parse, run_script
+from utils.config import REMOVED_FLAGS, RESUMABLE, Terminated, as_plain_dict, flag, flag_name, parse, run_script
 from utils.files import InputError, read_json
 
 SET_BY_STUDY = {"--data", "--out", "--seed", "--resume"}  # flags of train.py that the study itself sets
@@ -106,6 +107,8 @@ def plan(config: Config, passed: dict[str, list[str]]) -> list[Planned]:
     known = {model: {flag_name(field.name) for field in fields(script.Config)} for model, script in scripts.items()}
     if fixed := SET_BY_STUDY & set(passed):
         raise InputError(f"{' '.join(sorted(fixed))} after --: the study sets it for each run, see study/run.py --help")
+    if gone := [f"{name} no longer exists: {REMOVED_FLAGS[name]}" for name in passed if name in REMOVED_FLAGS]:
+        raise InputError("\n".join(gone))
     if unknown := set(passed) - set().union(*known.values()):
         raise InputError(f"{' '.join(sorted(unknown))}: no train.py of this study has such a flag")
     runs = []
@@ -147,12 +150,16 @@ def execute(command: Sequence[object]) -> None:
     try:
         code = process.wait()
     except KeyboardInterrupt as error:
-        if isinstance(error, Terminated):  # Ctrl-C reaches the script by itself
+        try:
+            if not isinstance(error, Terminated):  # Ctrl-C reaches the script by itself, `kill -INT` does not
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=10)
+        finally:  # a second signal leaves no script behind, either
             process.terminate()
-        process.wait()
+            process.wait()
         raise
     if code in (130, 143):
-        raise KeyboardInterrupt
+        raise Terminated if code == 143 else KeyboardInterrupt
     if code:
         raise InputError(f"{script} failed: fix the error above, then start the study again")
 

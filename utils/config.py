@@ -45,7 +45,7 @@ def number_or(word: str) -> Callable[[str], str | int]:
     """A `parse` function for `word` or a positive whole number."""
 
     def read(text: str) -> str | int:
-        if text != word and (not text.isdigit() or int(text) < 1):
+        if text != word and (not text.isdecimal() or int(text) < 1):
             raise argparse.ArgumentTypeError(f"expected {word!r} or a positive number, got {text!r}")
         return text if text == word else int(text)
 
@@ -255,7 +255,7 @@ def _add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field, hin
     metadata = field.metadata
     options: dict[str, Any] = {"help": describe_flag(field).replace("%", "%%")}
     if "parse" in metadata:
-        options |= {"type": metadata["parse"], "metavar": "X,Y" if hint is tuple else "VALUE"}
+        options |= {"type": metadata["parse"], "metavar": "X,Y" if tuple in (hint, *typing.get_args(hint)) else "VALUE"}
         hint = None
     elif typing.get_origin(hint) in (typing.Union, types.UnionType):  # X | None
         hint = next(part for part in typing.get_args(hint) if part is not type(None))

@@ -4,8 +4,6 @@ Only `PETS` and `CLICKS` say which number, color or folder a class has. Everythi
 data set or the checkpoint.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from dataclasses import dataclass
@@ -79,7 +77,7 @@ class ClassTable:
         return json.loads(json.dumps(dataclasses.asdict(self)))  # tuples become lists
 
     @classmethod
-    def from_plain_dict(cls, plain: dict[str, Any]) -> ClassTable:
+    def from_plain_dict(cls, plain: dict[str, Any]) -> "ClassTable":
         """Undo `as_plain_dict`."""
 
         def row(values: dict[str, Any]) -> ClassRow:

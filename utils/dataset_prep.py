@@ -1,7 +1,5 @@
 """Points drawn from a label, and their heatmaps, masks and pictures (report section 9)."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,7 +28,7 @@ def sample_points(classes: np.ndarray, class_table: ClassTable, rng: np.random.G
     return [(name, *point) for name, point in sampled if point is not None]
 
 
-def gaussian_heatmaps(points: Tensor, height: int, width: int) -> Tensor:
+def gaussian_heatmaps(points: "Tensor", height: int, width: int) -> "Tensor":
     """Gaussians (N, height, width) at points (N, 2), (x, y) in pixels: maximum 1, standard deviation SIGMA * edge."""
     import torch
 

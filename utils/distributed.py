@@ -20,7 +20,7 @@ def pick_device(name: str) -> torch.device:
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(device for device, present in available.items() if present)
-    if not available[name]:
+    if not available.get(name):
         raise InputError(f"--device {name}: this machine has none that PyTorch {torch.__version__} can use")
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # started together on this machine
     devices = {"cuda": torch.cuda.device_count(), "mps": 1, "cpu": processes}[name]

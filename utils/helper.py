@@ -55,7 +55,8 @@ def load_checkpoint(path: Path, model_name: str | None = None, *, default_classe
     """
     if not path.is_file():
         train = f"python {model_name.split('/')[0]}/train.py" if model_name else "run the train.py of a model"
-        raise InputError(f"{path}: no such checkpoint. Train first: {train}")
+        hint = "a folder: give the best.pt in it" if path.is_dir() else f"no such checkpoint. Train first: {train}"
+        raise InputError(f"{path}: {hint}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -71,6 +72,10 @@ def load_checkpoint(path: Path, model_name: str | None = None, *, default_classe
     if found is None or (model_name is not None and found != model_name):
         raise InputError(f"{path} holds a {found} model, expected {model_name}")
     checkpoint.setdefault("class_table", default_classes.as_plain_dict())
+    try:
+        class_table_of(checkpoint)
+    except (TypeError, KeyError, InputError) as error:
+        raise InputError(f"{path} has a class table that this version cannot read: {error}") from error
     return checkpoint
 
 

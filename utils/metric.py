@@ -1,7 +1,5 @@
 """Scores from one confusion matrix over all pixels, and the validation loop."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -75,7 +73,7 @@ class ConfusionMatrix:
             scores[name] = {label: _or_none(value) for label, value in named}
         return {**scores, "pixel_accuracy": _or_none(self.pixel_accuracy())}
 
-    def baseline(self) -> ConfusionMatrix:
+    def baseline(self) -> "ConfusionMatrix":
         """The counts of predicting class 0 everywhere on the same pixels."""
         counts = torch.zeros_like(self.counts)
         counts[:, 0] = self.counts.sum(dim=1)

@@ -1,5 +1,6 @@
 """Masks of photographs: `Predictor` converts between a photograph's pixels and a model's, for every model."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,8 +88,8 @@ class Predictor:
         width, height = self.picture.size
         for x, y in points:
             if not (0 <= x <= width - 1 and 0 <= y <= height - 1):
-                problem = f"the point ({x:g}, {y:g}) is not in the photograph"
-                raise InputError(f"{problem}, which has {width}x{height} pixels")
+                place = f"in the photograph, which has {width}x{height} pixels"
+                raise InputError(f"the point ({x:g}, {y:g}) is not {place}")
         sides = [True] * len(points) if positive is None else list(positive)
         if len(sides) != len(points) or sides.count(True) != 1 or sides.count(False) > 1:
             got = f"{len(points)} points with positive={sides}"
@@ -117,9 +118,10 @@ def predict_photographs(
         raise InputError("this model is prompted by a click: give one as --point X,Y")
     if point is not None and not predictor.prompted:
         raise InputError("--point: this model is not prompted by clicks, leave it out")
-    pictures = [path for path in find_pictures(paths) if out.resolve() not in path.resolve().parents]
-    if not pictures:
-        raise InputError(f"the pictures are in {out}, where the masks would be written; choose another --out")
+    folder = out.resolve()
+    if inside := [path for path in paths if folder in (path.resolve(), *path.resolve().parents)]:
+        raise InputError(f"{inside[0]} is in {out}, where the masks would be written; choose another --out")
+    pictures = [path for path in find_pictures(paths) if folder not in path.resolve().parents]
     problems: list[str] = []
     share = list(zip(pictures, distinct_stems(pictures)))[rank() :: world_size()]
     for path, stem in tqdm(share, desc="segment", unit="image", leave=False, disable=rank() != 0):
@@ -144,9 +146,6 @@ def distinct_stems(paths: Sequence[Path]) -> list[str]:
     """The stem of each path, with a number appended if an earlier path has the same: cat.jpg, cat.png -> cat, cat-2."""
     stems: dict[str, Path] = {}
     for path in paths:
-        stem, copy = path.stem, 1
-        while stem in stems:
-            copy += 1
-            stem = f"{path.stem}-{copy}"
-        stems[stem] = path
+        names = itertools.chain([path.stem], (f"{path.stem}-{copy}" for copy in itertools.count(2)))
+        stems[next(name for name in names if name not in stems)] = path
     return list(stems)

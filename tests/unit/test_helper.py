@@ -87,6 +87,15 @@ def test_checkpoint_of_another_architecture_is_refused(tmp_path):
             restore_model(path, UNet, "unet", CPU)
 
 
+def test_folder_and_unreadable_class_table_are_named(tmp_path):
+    with pytest.raises(InputError, match=r"a folder: give the best\.pt in it"):
+        load_checkpoint(tmp_path, "unet")
+    for table in ("x", {"rows": [{"name": "cat", "legs": 4}], "ignored": {}}):
+        save_checkpoint(tmp_path / "best.pt", {**checkpoint(), "class_table": table})
+        with pytest.raises(InputError, match=r"best\.pt has a class table that this version cannot read"):
+            load_checkpoint(tmp_path / "best.pt", "unet")
+
+
 def test_checkpoint_without_a_class_table_gets_that_of_the_pets(tmp_path):
     """Checkpoints from before it was stored."""
     save_checkpoint(tmp_path / "unet.pt", checkpoint())

@@ -193,3 +193,11 @@ def test_curves_show_losses_and_iou():
 def test_curves_of_a_reconstruction_show_no_iou():
     (losses,) = plot_curves(make_rows(), PETS).axes
     assert losses.get_ylabel() == "loss"
+
+
+def test_curves_of_a_log_with_other_columns_leave_gaps():
+    rows = [{"epoch": n, "train_loss": 1.0, "val_loss": 1.0} for n in (1, 2)]
+    scores = {f"val_iou_{name}": 0.5 for name in (*PETS.names, "mean")}
+    _, axis = plot_curves([rows[0], rows[1] | scores], PETS).axes
+    for line in axis.get_lines():
+        np.testing.assert_array_equal(line.get_ydata(), [np.nan, 0.5])

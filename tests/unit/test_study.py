@@ -171,7 +171,8 @@ def test_flags_of_the_study_reach_their_scripts(commands, run_study, tmp_path):
     ("flags", "message"),
     [
         (["--only", "resnet", "vgg", EXPERIMENTS[0].name], f"--only resnet vgg: there are {EXPERIMENTS[0].name}"),
-        (["--", "--epochs", "3", "--depth", "5", "--accumulate", "2"], "--accumulate --depth: no train.py"),
+        (["--", "--epochs", "3", "--depth", "5", "--width", "2"], "--depth --width: no train.py"),
+        (["--", "--accumulate", "2"], "--accumulate no longer exists: .*--micro-batch-size"),
         (["--only", WITHOUT_CLIP.name, *RANDOM_CLIP], "--clip-random-init: no train.py of this study"),
         (["--", "--seed", "3", "--out", "X"], "--out --seed after --: the study sets it for each run"),
         (["--", "3"], "after -- a flag of a train.py is expected, got '3'"),
@@ -245,15 +246,15 @@ def test_clip_weights_are_checked_before_any_training(commands, run_study, tmp_p
     ("first", "code", "error", "events"),
     [
         (Terminated(), 143, Terminated, ["wait", "terminate", "wait"]),
-        (KeyboardInterrupt(), 130, KeyboardInterrupt, ["wait", "wait"]),
+        (KeyboardInterrupt(), 130, KeyboardInterrupt, ["wait", "wait", "terminate", "wait"]),
         (130, None, KeyboardInterrupt, ["wait"]),
-        (143, None, KeyboardInterrupt, ["wait"]),
+        (143, None, Terminated, ["wait"]),
     ],
     ids=["SIGTERM", "Ctrl-C", "130", "143"],
 )
 def test_interrupts_of_the_study_and_of_the_script_end_both(monkeypatch, first, code, error, events):
     """SIGTERM is passed on to the script; Ctrl-C reaches it by itself. `first` and `code` are what `wait` gives."""
-    process = Mock(**{"wait.side_effect": [first, code]})
+    process = Mock(**{"wait.side_effect": [first, code, code]})
     monkeypatch.setattr(subprocess, "Popen", lambda line: process)
     with pytest.raises(KeyboardInterrupt) as raised:
         study.execute(["unet/train.py", "--epochs", 3])
