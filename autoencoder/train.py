@@ -88,7 +88,6 @@ def main() -> None:
         raise InputError(f"--resume: {training.out} has begun, but {missing}: put it back, or use another --out")
     if run.is_main:
         _lock = lock_folder(config.out)  # until this process ends
-        refuse_another_run(config)  # it may have been started in the meantime
         write_json(config.out / "config.json", as_plain_dict(config))
     if encoder is None:
         if not second_stage_began:

@@ -34,7 +34,6 @@ def main() -> None:
     if config.data and not (config.data / "annotations").is_dir():
         raise InputError(f"{config.data} has no annotations/: expected the Oxford-IIIT layout")
 
-    # Heavy imports come after parsing, so that --help answers immediately.
     from benchmarks.timing import DEVICE
     from dataset.dataset_prep import prepare
     from dataset.synthetic import draw_dataset

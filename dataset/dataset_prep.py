@@ -177,6 +177,10 @@ def _process_all(work: Callable[[Pair], Outcome], pairs: list[Pair], processes: 
     pool = ProcessPoolExecutor(processes, initializer=_start_worker)
     try:
         yield from pool.map(work, pairs, chunksize=8)
+    except KeyboardInterrupt:
+        for worker in multiprocessing.active_children():  # an interrupted pool does not always stop its workers
+            worker.terminate()
+        raise
     except BrokenProcessPool:
         raise InputError("a worker process was killed (out of memory?): run again with --processes 1") from None
     finally:

@@ -41,8 +41,7 @@ def flags_markdown() -> str:
             sections[title] = f"In addition to {parents}:\n\n{table}" if parents else table
     for name, experiments in LISTS.items():
         lines = [f"| `{one.name}` | `{' '.join((one.model, *one.flags))}` |" for one in experiments]
-        table = "\n".join(["| experiment | model and flags |", "|---|---|", *lines, ""])
-        sections[f"## Experiments of the list `{name}`"] = table
+        sections[f"## Experiments: `{name}`"] = "\n".join(["| experiment | model and flags |", "|---|---|", *lines, ""])
     return "\n".join(f"{title}\n\n{section}" for title, section in sections.items())
 
 

@@ -80,8 +80,8 @@ def main() -> None:
             resume = ["--resume"] if (run.folder / "config.json").exists() else []
             execute([f"{run.experiment.model}/train.py", *run.flags, *resume])
             execute([f"{run.experiment.model}/test.py", "--checkpoint", run.checkpoint, *test_flags])
-    out = config.results or config.out / "report"
-    execute(["study/report.py", *(run.folder for run in runs), "--out", out, "--data", config.data])
+    folders, out = [run.folder for run in runs], config.results or config.out / "report"
+    execute(["study/report.py", *folders, "--out", out, "--data", config.data])
 
 
 def group_flags(arguments: Sequence[str]) -> dict[str, list[str]]:
@@ -90,10 +90,9 @@ def group_flags(arguments: Sequence[str]) -> dict[str, list[str]]:
     for argument in arguments:
         if argument.startswith("--"):
             name = argument.partition("=")[0].replace("--no-", "--")
-            groups[name] = []
         elif not groups:
             raise InputError(f"after -- a flag of a train.py is expected, got {argument!r}")
-        groups[name].append(argument)
+        groups.setdefault(name, []).append(argument)
     return groups
 
 

@@ -149,6 +149,7 @@ def test_accelerate_launch_starts_a_training(prepared, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs process groups")
+@pytest.mark.skipif("WITHOUT_FCNTL" in os.environ, reason="torchrun's interpreters have fcntl: two kinds of locks")
 def test_interrupted_group_ends_and_resumes_alone(prepared, tmp_path):
     """Started by torchrun; Ctrl-C in a terminal reaches all processes."""
     out = tmp_path / "run"
