@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests.helpers import TINY, TINY_CLIP, succeed
+from tests.helpers import TINY, TINY_CLIP, UNET_ARGS, succeed
 from tests.launcher import share_no_progress_lock
 
 settings.register_profile("tests", deadline=None)  # a busy machine is not a failure
@@ -48,6 +48,23 @@ def prepared(originals: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = Path(shutil.copytree(originals, tmp_path_factory.mktemp("prepared") / "data"))
     prepare(base)
     return base
+
+
+@pytest.fixture
+def records(prepared: Path) -> list:
+    """The test images of `prepared`, as `dataset.pet.Record`."""
+    from dataset.pet import find_records
+
+    return find_records(prepared, "Test")
+
+
+@pytest.fixture
+def model() -> torch.nn.Module:
+    """A tiny U-Net with random weights, in eval mode."""
+    from unet.model import UNet
+
+    torch.manual_seed(0)
+    return UNet(**UNET_ARGS).eval()
 
 
 @pytest.fixture(scope="session")

@@ -178,9 +178,9 @@ def find_micro_batch_size(model: nn.Module, step: Step, train_set: Dataset, run:
     with torch.random.fork_rng():  # the trial must not change the random stream of the run
         while size and not step_fits(model, step, train_set, run, size):
             size //= 2
+    size = min(all_gather_objects([size]))  # before the error, so that no rank waits for one that has stopped
     if not size:
         raise InputError("not even one image fits in memory: use a smaller --image-size or model")
-    size = min(all_gather_objects([size]))
     log.info("--micro-batch-size auto: %d", size)
     return size
 

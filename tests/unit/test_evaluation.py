@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from dataset.perturbation import PERTURBATIONS
-from dataset.pet import PetDataset, Record, find_records, make_test_set
+from dataset.pet import PetDataset, find_records, make_test_set
 from tests.helpers import CPU, UNET_ARGS, peak_memory, save_model
 from unet.model import UNet
 from unet.test import Config
@@ -33,17 +33,6 @@ from utils.image import picture_size
 from utils.metric import ConfusionMatrix
 from utils.predictor import predict_photographs, save_mask
 from utils.robustness import Variant
-
-
-@pytest.fixture
-def model() -> UNet:
-    torch.manual_seed(0)
-    return UNet(**UNET_ARGS).eval()
-
-
-@pytest.fixture
-def records(prepared) -> list[Record]:
-    return find_records(prepared, "Test")
 
 
 def evaluate_model(model, records, batch_size=5, label_size="native", **options):

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from dataset.perturbation import PERTURBATIONS, Perturbation, choose_perturbations
-from dataset.pet import PetDataset, Record, find_records
+from dataset.pet import PetDataset, Record
 from dataset.pet_heatmap import click_target, read_points
 from point_clip.model import PointClip
 from point_clip.scoring import predict_clicks
 from point_clip.test import Config
-from tests.helpers import CPU, UNET_ARGS, tiny_clip_encoder
+from tests.helpers import CPU, tiny_clip_encoder
 from unet.model import UNet
 from utils.dataset import CLICKS, PETS
 from utils.evaluation import ModelTest, evaluate, predict_classes
@@ -31,17 +31,6 @@ from utils.robustness import (
     summarize_robustness,
     write_robustness,
 )
-
-
-@pytest.fixture
-def model() -> UNet:
-    torch.manual_seed(0)
-    return UNet(**UNET_ARGS).eval()
-
-
-@pytest.fixture
-def records(prepared) -> list[Record]:
-    return find_records(prepared, "Test")
 
 
 def make_test_set(records: list[Record], *names: str) -> PetDataset:
