@@ -111,8 +111,8 @@ def predict_photographs(
 ) -> str:
     """Write NAME_mask.png (indexed) and NAME_overlay.jpg of photographs, files or folders, to `out`; returns a summary.
 
-    Photographs are rotated upright (EXIF); the ranks share them. A prompted model gets the same
-    click `point` (x, y) on each. Photographs that cannot be read are named in an InputError after the others are done.
+    Photographs are rotated upright (EXIF); the ranks share them. A prompted model gets the same click `point` (x, y) on
+    each. Photographs that cannot be read are named in an InputError after the others are done.
     """
     if predictor.prompted and point is None:
         raise InputError("this model is prompted by a click: give one as --point X,Y")
