@@ -102,7 +102,7 @@ def score_reconstruction(model: nn.Module, path: Path, test: ModelTest) -> str:
     """
     test_set, config, device, out = test.test_set, test.config, test.device, test.config.results
     sampler = EpochBatchSampler(len(test_set), config.batch_size * world_size(), shuffle=False)
-    loader = make_loader(test_set, sampler, config.workers)
+    loader = make_loader(test_set, sampler, config.workers, device)
     total = sum(batch["image"].sum(dim=0, dtype=torch.int64) for batch in loader)
     mean_image = all_reduce_sum(total.to(device)) / (255 * len(test_set))
     index_of = {name: index for index, name in enumerate(test_set.names)}

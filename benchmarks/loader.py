@@ -7,7 +7,7 @@ import albumentations as A
 import numpy as np
 from PIL import Image
 
-from benchmarks.timing import compare
+from benchmarks.timing import DEVICE, compare
 from dataset.augmentation import augment, train_transform
 from dataset.pet import PetDataset, find_records
 from utils.loader import EpochBatchSampler, make_loader
@@ -26,7 +26,7 @@ class Decoder(list):
 
 
 def epoch(dataset: PetDataset, workers: int) -> partial:
-    return partial(list, make_loader(dataset, EpochBatchSampler(SAMPLES, 16, shuffle=False), workers))
+    return partial(list, make_loader(dataset, EpochBatchSampler(SAMPLES, 16, shuffle=False), workers, DEVICE))
 
 
 def measure(base: Path, repeats: int) -> dict:

@@ -37,9 +37,10 @@ def main() -> None:
     from benchmarks.timing import DEVICE
     from dataset.dataset_prep import prepare
     from dataset.synthetic import draw_dataset
+    from utils.distributed import pick_precision
     from utils.helper import describe_environment
 
-    figures = {"environment": describe_environment(DEVICE)}
+    figures = {"environment": describe_environment(DEVICE, pick_precision("auto", DEVICE))}
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
         shutil.copytree(config.data, base, dirs_exist_ok=True) if config.data else draw_dataset(base, 200)

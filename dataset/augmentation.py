@@ -12,7 +12,7 @@ import numpy as np
 
 from utils.dataset import IGNORE
 
-cv2.setNumThreads(0)  # the loader's workers are the parallelism
+cv2.setNumThreads(0)  # the loader's workers are the parallelism; without workers, make_loader sets the threads
 
 
 class SmoothElasticTransform(A.ElasticTransform):

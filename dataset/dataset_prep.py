@@ -46,6 +46,7 @@ from utils.dataset import PETS, ClassTable, decode_trimap
 from utils.dataset_prep import sample_points
 from utils.files import InputError, atomic_path, format_csv, read_json, remove_leftovers, write_bytes, write_json
 from utils.image import load_picture, to_rgb
+from utils.machine import usable_cores
 
 VERSION = 2  # increase when the prepared files change, so that every folder is prepared again
 REPORT = "prep_report.json"
@@ -70,7 +71,7 @@ class Config:
     base_dir: Path = flag(None, "folder of the photographs", positional=True)
     download: bool = flag(False, "fetch the Oxford-IIIT Pet data into BASE_DIR first")
     synthetic: int | None = flag(None, "draw this many synthetic pets into BASE_DIR first", low=8)
-    processes: int = flag(os.cpu_count() or 1, "processes", low=1)
+    processes: int | None = flag(None, "processes (default: one per core)", low=1)
     strict: bool = flag(False, "exit with code 1 if a file was left out (in the original data some are)")
     seed: int = flag(0, "seed of the points and the synthetic pets", low=0)
     save_heatmaps: bool = flag(False, "also write each point's heatmap and mask as pictures")
@@ -93,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
             download(base)
         elif config.synthetic is not None:
             draw_dataset(base, config.synthetic, seed=config.seed)
-        report, fresh = prepare(base, processes=config.processes, seed=config.seed)
+        report, fresh = prepare(base, processes=config.processes or usable_cores(), seed=config.seed)
         print(summary(base, report, fresh))
         if config.save_heatmaps:
             from dataset.pet_heatmap import save_heatmaps  # imports torch, which the preparation does not need

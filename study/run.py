@@ -72,7 +72,7 @@ def main() -> None:
         state = "finished" if run.is_tested(config.perturb) else "to do"
         print(f"  {run.folder}: {state}, {run.config.epochs} epochs", flush=True)
     execute(["dataset/exploration.py", config.data, "--out", config.out / "exploration"])
-    shared = [part for name in ("--workers", "--device") for part in passed.get(name, [])]
+    shared = [part for name in ("--workers", "--threads", "--device") for part in passed.get(name, [])]
     test_flags = ["--data", config.data, *shared, *(["--perturb"] if config.perturb else [])]
     for number, run in enumerate(runs, start=1):
         print(f"--- {number} of {len(runs)}: {run.folder}", flush=True)

@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors: more threads only wait for each other
 if os.environ.get("WITHOUT_FCNTL"):
     sys.modules["fcntl"] = None
 
@@ -21,7 +22,6 @@ settings.register_profile("tests", deadline=None)  # a busy machine is not a fai
 settings.load_profile("tests")
 if hasattr(os, "fork"):
     share_no_progress_lock()
-torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 
 
 @pytest.fixture(scope="session")

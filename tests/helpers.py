@@ -111,6 +111,7 @@ def fail(script: object, *arguments: object, message: str, code: int = 1, **opti
 def train_config(data: Path, out: Path, **settings: Any) -> TrainConfig:
     """The flags of a tiny training."""
     defaults = {"image_size": 32, "batch_size": 4, "workers": 0, "device": "cpu", "val_fraction": 0.25, "lr": 1e-3}
+    defaults |= {"precision": "fp32"}  # on every machine
     return TrainConfig(data=data, out=out, **{**defaults, **settings})
 
 

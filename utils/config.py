@@ -20,17 +20,17 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from utils.files import InputError, read_json
+from utils.machine import keep_freed_memory
 
 Config = TypeVar("Config")
 
 # Flags that a resumed run may change: length, speed and place of the training. All others determine its result.
-RESUMABLE = {"resume", "data", "epochs", "patience", "workers", "device", "compile", "out", "micro_batch_size"}
+RESUMABLE = {
+    "resume", "data", "epochs", "patience", "workers", "threads", "device", "compile", "out", "micro_batch_size",
+}  # fmt: skip
 
 # Flags of earlier versions, and their replacements.
 REMOVED_FLAGS = {"--accumulate": "--batch-size counts the images of an optimizer step; use --micro-batch-size"}
-
-# The processes on this machine share its cores.
-WORKERS = min(8, max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def flag(default: Any, help: str, *, low: float = -math.inf, high: float = math.inf, **metadata: Any) -> Any:
@@ -111,11 +111,21 @@ class TrainConfig:
     val_fraction: float = flag(0.1, "share of TrainVal used for validation", low=0.001, high=0.9)
     patience: int = flag(3, "stop after this many epochs without a better validation loss (0: never)", low=0)
     min_delta: float = flag(1e-3, "a validation loss counts as better if it is lower by at least this", low=0)
-    workers: int = flag(WORKERS, "processes that load and augment images (0: none)", low=0)
+    workers: int | None = flag(
+        None,
+        "processes that load and augment images, 0: none (default: on a GPU one per core, at most 8; on a CPU one per "
+        "8 cores)",
+        low=0,
+    )
+    threads: int | None = flag(
+        None, "threads of PyTorch and OpenCV (default: OMP_NUM_THREADS, else this process's share of the cores)", low=1
+    )
     seed: int = flag(0, "seed of weights, split, order and augmentation", low=0, high=2**32 - 1)
     device: Literal["auto", "cpu", "cuda", "mps"] = flag("auto", "where to train")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = flag(
-        "auto", "floating-point format of the model; auto: bf16 on a CUDA GPU, fp16 on an old one, else fp32"
+        "auto",
+        "floating-point format of the model; auto: bf16 where the GPU or CPU supports it, else fp16 on a GPU, fp32 "
+        "on a CPU",
     )
     compile: bool = flag(False, "compile the model with torch.compile")
     resume: bool = flag(False, "continue the run in --out with its own settings")
@@ -136,8 +146,12 @@ class TestConfig:
     score_size: str | int = flag(
         "native", "'native' (each image's own size) or the edge in pixels to score at", parse=number_or("native")
     )
-    workers: int = flag(WORKERS, "processes that load images (0: none)", low=0)
+    workers: int | None = flag(None, "processes that load images, as in training", low=0)
+    threads: int | None = flag(None, "threads of PyTorch and OpenCV, as in training", low=1)
     device: Literal["auto", "cpu", "cuda", "mps"] = flag("auto", "where to run the model")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = flag(
+        "fp32", "floating-point format of the model, as in training"
+    )
     limit: int | None = flag(None, "score only this many images, spread over all species", low=1)
     images: list[Path] | None = flag(
         None, "segment these photographs (files or folders, no labels needed) instead of scoring a split"
@@ -200,7 +214,7 @@ def restore_fields(config_class: type, values: dict, *, source: Path) -> dict:
     if "accumulate" in values:  # its batch size was that of one process
         raise InputError(f"{source} is of an earlier version: test it, or start a new run with another --out")
     missing = hints.keys() - values.keys()
-    if missing - {"resume"}:
+    if missing - RESUMABLE:  # the others have no effect on the result
         names = ", ".join(sorted(missing))
         raise InputError(f"{source} belongs to another model or version (no {names}); use another --out")
     restored = {name: values[name] for name in hints.keys() & values.keys()}
@@ -218,6 +232,7 @@ def run_script(main: Callable[[], int | None]) -> None:
     Exit code 1 and one line on stderr for InputError, for an OSError (its message names the file) and for a loader
     worker that was killed; 130 for Ctrl-C, 143 for SIGTERM.
     """
+    keep_freed_memory()
     logging.basicConfig(format="%(message)s")
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
     for package in ("utils", "dataset", "study"):  # log our own packages only, on rank 0 only

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from utils.files import InputError
+from utils.machine import processes_here, usable_cores
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +23,7 @@ def pick_device(name: str) -> torch.device:
         name = next(device for device, present in available.items() if present)
     if not available.get(name):
         raise InputError(f"--device {name}: this machine has none that PyTorch {torch.__version__} can use")
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # started together on this machine
+    processes = processes_here()
     devices = {"cuda": torch.cuda.device_count(), "mps": 1, "cpu": processes}[name]
     if processes > devices:
         found = f"{processes} processes were started on this machine, which has {devices} for --device {name}"
@@ -30,11 +31,52 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def init_distributed(device: str) -> torch.device:
-    """Join the processes that were started together; returns this process's device, as `--device` asks for."""
+def pick_precision(name: str, device: torch.device) -> str:
+    """The precision of `--precision`: fp32, bf16 or fp16; "auto" is the fastest. InputError for fp16 on a CPU."""
+    native = has_native_bf16(device)
+    if name == "auto":
+        return "bf16" if native else "fp16" if device.type == "cuda" else "fp32"
+    if name == "fp16" and device.type == "cpu":
+        raise InputError("--precision fp16 needs a GPU; on the CPU use bf16 or fp32")
+    if name == "bf16" and not native:
+        log.warning("--precision bf16: this machine only emulates bfloat16; fp32 is faster on it")
+    return name
+
+
+def has_native_bf16(device: torch.device) -> bool:
+    """Whether the hardware itself multiplies in bfloat16: a CUDA GPU, or an x86 CPU with AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context in which a model computes in `precision`."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
+def set_threads(threads: int | None) -> None:
+    """Set PyTorch's threads to `--threads`. InputError if there are fewer cores.
+
+    The default is OMP_NUM_THREADS, unless torchrun has set it (to 1), else this process's share of the cores. It does
+    not depend on the loader's workers, so that they change no result: rounding depends on the number of threads.
+    """
+    cores = usable_cores()
+    if threads is not None and threads > cores:
+        raise InputError(f"--threads {threads}: this process may use {cores} core(s)")
+    if threads is None and "OMP_NUM_THREADS" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    torch.set_num_threads(threads or max(1, cores // processes_here()))
+
+
+def init_distributed(device: str, threads: int | None = None) -> torch.device:
+    """Join the processes that were started together, set the threads; returns the device that `--device` asks for."""
     state = PartialState(cpu=pick_device(device).type == "cpu")
     if not dist.is_initialized() and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
         log.warning("accelerate launch started one process only; on a CPU torchrun --nproc_per_node starts several")
+    set_threads(threads)  # afterwards, because accelerate sets them, too
     return state.device
 
 

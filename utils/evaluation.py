@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from utils.config import TestConfig, as_plain_dict
 from utils.dataset import PETS, ClassTable
-from utils.distributed import all_reduce_sum, init_distributed, print_once, rank, world_size
+from utils.distributed import all_reduce_sum, autocast, init_distributed, pick_precision, print_once, rank, world_size
 from utils.figures import plot_pictures, save_figure
 from utils.files import InputError, format_csv, write_bytes, write_json
 from utils.helper import class_table_of, describe_environment, restore_model
@@ -103,7 +103,7 @@ def evaluate(
     device: torch.device,
     *,
     batch_size: int = 32,
-    workers: int = 0,
+    workers: int | None = None,
     class_table: ClassTable | None = None,
     masks: Path | None = None,
 ) -> Evaluation:
@@ -122,7 +122,8 @@ def evaluate(
     counts = torch.zeros(len(names), len(variants), size, size, dtype=torch.int64)
     checksums = torch.zeros(len(names), dtype=torch.int64)
     index_of = {name: index for index, name in enumerate(names)}
-    loader = make_loader(test_set, EpochBatchSampler(len(names), batch_size * world_size(), shuffle=False), workers)
+    sampler = EpochBatchSampler(len(names), batch_size * world_size(), shuffle=False)
+    loader = make_loader(test_set, sampler, workers, device)
     bar = tqdm(total=len(names) * len(variants), desc="test", unit="image", leave=False, disable=rank() != 0)
     with bar, ThreadPoolExecutor() as pool:
         for batch in loader:
@@ -156,6 +157,7 @@ class ModelTest(NamedTuple):
     test_set: Dataset
     config: TestConfig
     device: torch.device
+    precision: str = "fp32"
 
     @property
     def note(self) -> str:
@@ -189,9 +191,9 @@ class ModelTest(NamedTuple):
             "synthetic": self.test_set.synthetic,
             "images_per_second": len(evaluation.names) * len(evaluation.variants) / evaluation.seconds,
         }
-        environment = {"config": as_plain_dict(config), "environment": describe_environment(self.device)}
+        origin = {"config": as_plain_dict(config), "environment": describe_environment(self.device, self.precision)}
         write_bytes(out / "images.csv", evaluation.images_csv())
-        write_json(out / "metrics.json", {**metrics, **about, **environment})
+        write_json(out / "metrics.json", {**metrics, **about, **origin})
         title = f"{title} of {config.data / config.split}" + (f" ({self.note})" if self.note else "")
         text = [format_scores({**metrics, **about}, title), *details, str(out / "metrics.json")]
         if len(evaluation.variants) > 1:
@@ -233,14 +235,17 @@ def run_test(
 
     `build(**model_args)` makes the network, `make_test_set(config, image_size)` the data, `scoring(test)` the text.
     """
-    device = init_distributed(config.device)
+    device = init_distributed(config.device, config.threads)
+    precision = pick_precision(config.precision, device)
     model, checkpoint = restore_model(config.checkpoint, build, model_name, device, default_classes=default_classes)
-    if config.images:
-        point = getattr(config, "point", None)  # of a prompted model
-        print_once(predict_photographs(Predictor(model, checkpoint), config.images, config.results, point))
-    else:
-        test_set = make_test_set(config, checkpoint["config"]["image_size"])
-        print_once(scoring(ModelTest(model, checkpoint, test_set, config, device)))
+    with autocast(device, precision):
+        if config.images:
+            point = getattr(config, "point", None)  # of a prompted model
+            text = predict_photographs(Predictor(model, checkpoint), config.images, config.results, point)
+        else:
+            test_set = make_test_set(config, checkpoint["config"]["image_size"])
+            text = scoring(ModelTest(model, checkpoint, test_set, config, device, precision))
+    print_once(text)
 
 
 def example_arrays(record: Any, mask: Path, score_size: str | int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

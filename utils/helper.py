@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from utils.dataset import PETS, ClassTable
+from utils.distributed import world_size
 from utils.files import InputError, atomic_path
+from utils.machine import usable_cores
 
 
 def model_state(model: nn.Module) -> dict[str, Tensor]:
@@ -97,8 +99,8 @@ def restore_model(
     return model.to(device, memory_format=torch.channels_last).eval(), checkpoint
 
 
-def describe_environment(device: torch.device) -> dict[str, Any]:
-    """The command, commit, versions and hardware of this process, for config.json and metrics.json."""
+def describe_environment(device: torch.device, precision: str) -> dict[str, Any]:
+    """The command, commit, versions, hardware and precision of this process, for config.json and metrics.json."""
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
     commit = None
     if shutil.which("git"):
@@ -110,5 +112,8 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "device": hardware,
-        "cpus": os.cpu_count(),
+        "precision": precision,
+        "cpus": usable_cores(),
+        "threads": torch.get_num_threads(),
+        "processes": world_size(),
     }

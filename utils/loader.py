@@ -6,11 +6,13 @@ import signal
 from collections.abc import Iterator
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from utils.distributed import rank, world_size
+from utils.machine import default_workers
 
 
 class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
@@ -62,23 +64,31 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     return {key: torch.stack(values) if torch.is_tensor(values[0]) else values for key, values in columns.items()}
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
+def _start_worker(worker: int) -> None:
+    cv2.setNumThreads(0)
     # Ctrl-C reaches the whole process group; the parent then stops its workers, for which SIGTERM must end them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def make_loader(dataset: Dataset, sampler: EpochBatchSampler, workers: int) -> DataLoader:
-    """A DataLoader over the sampler's micro-batches; `loader.batch_sampler.set_epoch` sets the epoch."""
+def make_loader(dataset: Dataset, sampler: EpochBatchSampler, workers: int | None, device: torch.device) -> DataLoader:
+    """A DataLoader over the sampler's micro-batches for a model on `device`, with `--workers`.
+
+    `loader.batch_sampler.set_epoch` sets the epoch.
+    """
+    workers = default_workers(device.type) if workers is None else workers
     workers = min(workers, len(sampler), os.cpu_count() or 1)
+    if not workers:
+        threads = torch.get_num_threads()
+        cv2.setNumThreads(threads if threads > 1 else 0)  # 0: no pool of threads; with 1 a forked process can hang
     return DataLoader(
         dataset,
         batch_sampler=sampler,
         num_workers=workers,
         collate_fn=collate,
         persistent_workers=workers > 0,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_leave_signals_to_the_parent,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_start_worker,
         # Its own generator: the loader draws from it, and the model's random stream must not depend on the workers.
         generator=torch.Generator(),
     )

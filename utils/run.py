@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import nn
 
 from utils.config import TrainConfig, as_plain_dict
 from utils.dataset import ClassTable
-from utils.distributed import init_distributed
+from utils.distributed import init_distributed, pick_precision
 from utils.figures import class_styles, save_figure
 from utils.files import InputError, acquire_lock, read_json, remove_leftovers, write_json
 from utils.helper import describe_environment, load_checkpoint, load_model_state, model_state, save_checkpoint
@@ -33,15 +34,13 @@ def start_run(config: TrainConfig, model_name: str) -> "Run":
 
     InputError when `config.out` holds another run and `config.resume` is not set. Nothing is written before `fit`.
     """
-    device = init_distributed(config.device)
+    device = init_distributed(config.device, config.threads)
     refuse_another_run(config)
-    precision = "no" if config.precision in ("auto", "fp32") else config.precision  # "no": float32
-    if config.precision == "auto" and device.type == "cuda":
-        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if precision == "fp16" and device.type == "cpu":
-        raise InputError("--precision fp16 needs a GPU; on the CPU use bf16 or fp32")
+    precision = pick_precision(config.precision, device)
     seed_everything(config.seed)
-    return Run(config, model_name, Accelerator(cpu=device.type == "cpu", mixed_precision=precision))
+    mixed = "no" if precision == "fp32" else precision
+    AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
+    return Run(config, model_name, Accelerator(cpu=device.type == "cpu", mixed_precision=mixed), precision)
 
 
 def refuse_another_run(config: TrainConfig) -> None:
@@ -64,8 +63,8 @@ class Run:
     `fit` opens it, saves each epoch and closes it. Only rank 0 writes. `epoch` is the last saved epoch (0: none).
     """
 
-    def __init__(self, config: TrainConfig, model_name: str, accelerator: Accelerator):
-        self.config, self.model_name, self.accelerator = config, model_name, accelerator
+    def __init__(self, config: TrainConfig, model_name: str, accelerator: Accelerator, precision: str):
+        self.config, self.model_name, self.accelerator, self.precision = config, model_name, accelerator, precision
         self.folder, self.device, self.is_main = config.out, accelerator.device, accelerator.is_main_process
         self.epoch, self.best_loss = 0, math.inf
         self.log: TrainingLog | None = None
@@ -86,7 +85,7 @@ class Run:
         last = self._restore(split) if self.config.resume else None
         if self.is_main:
             remove_leftovers(self.folder)
-            environment = describe_environment(self.device) | {"processes": self.accelerator.num_processes}
+            environment = describe_environment(self.device, self.precision)
             details = {"class_table": self.class_table.as_plain_dict(), "environment": environment}
             write_json(self.folder / "config.json", {**as_plain_dict(self.config), "model_args": model_args, **details})
             write_json(self.folder / "split.json", split)
@@ -113,6 +112,11 @@ class Run:
         if self.accelerator.scaler is not None and last["scaler"]:
             self.accelerator.scaler.load_state_dict(last["scaler"])
         self.epoch, self.best_loss = last["epoch"], last["best_loss"]
+        environment = read_json(self.folder / "config.json").get("environment", {})
+        if (
+            before := environment.get("precision", self.precision)
+        ) != self.precision:  # --precision auto on another machine
+            log.warning("%s: trained in %s before, continuing in %s", self.folder, before, self.precision)
         log.info("%s: continuing after epoch %d", self.folder, self.epoch)
         return last
 

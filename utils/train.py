@@ -163,7 +163,9 @@ def make_loaders(
     micro = find_micro_batch_size(model, step, train_set, run) if auto else config.micro_batch_size
     train_sampler = EpochBatchSampler(len(train_set), size, micro, shuffle=True, seed=config.seed)
     val_sampler = EpochBatchSampler(len(val_set), min(size, (micro or size) * world_size()), shuffle=False)
-    return make_loader(train_set, train_sampler, config.workers), make_loader(val_set, val_sampler, config.workers)
+    pairs = ((train_set, train_sampler), (val_set, val_sampler))
+    train_loader, val_loader = (make_loader(*pair, config.workers, run.device) for pair in pairs)
+    return train_loader, val_loader
 
 
 def find_micro_batch_size(model: nn.Module, step: Step, train_set: Dataset, run: "Run") -> int:

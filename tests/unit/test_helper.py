@@ -120,5 +120,5 @@ def test_external_weights_stay_out_of_checkpoints():
 
 def test_environment_without_git(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    environment = describe_environment(CPU)
+    environment = describe_environment(CPU, "fp32")
     assert environment["commit"] is None and environment["torch"] == torch.__version__

@@ -91,7 +91,7 @@ def test_any_number_of_workers_gives_the_same_batches(prepared):
     streams = []
     for workers in (0, 1, 2):
         dataset = PetDataset(records, 32, transform=train_transform(), seed=3)
-        loader = make_loader(dataset, EpochBatchSampler(len(dataset), 4, shuffle=True, seed=3), workers)
+        loader = make_loader(dataset, EpochBatchSampler(len(dataset), 4, shuffle=True, seed=3), workers, CPU)
         batches = []
         for epoch in (1, 2):
             loader.batch_sampler.set_epoch(epoch)
@@ -108,7 +108,7 @@ def test_loader_does_not_draw_from_the_models_random_stream(prepared):
     dataset = PetDataset(find_records(prepared, "TrainVal"), 32)
     state = torch.get_rng_state()
     for workers in (0, 1):
-        list(make_loader(dataset, EpochBatchSampler(len(dataset), 4, shuffle=True), workers))
+        list(make_loader(dataset, EpochBatchSampler(len(dataset), 4, shuffle=True), workers, CPU))
         assert torch.equal(torch.get_rng_state(), state)
 
 

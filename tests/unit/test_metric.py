@@ -117,7 +117,7 @@ def test_validation_loss_is_the_mean_over_all_images(prepared):
     _, val_set = make_train_sets(train_config(prepared, prepared, val_fraction=0.5))
     results = []
     for batch_size in (1, 4, len(val_set)):
-        loader = make_loader(val_set, EpochBatchSampler(len(val_set), batch_size, shuffle=False), workers=0)
+        loader = make_loader(val_set, EpochBatchSampler(len(val_set), batch_size, shuffle=False), workers=0, device=CPU)
         results.append(validate(model, step, loader, CPU, PETS.names))
     losses, matrices = zip(*results)
     assert len(val_set) % 4, "one batch is smaller"
@@ -128,6 +128,6 @@ def test_validation_loss_is_the_mean_over_all_images(prepared):
 
 def test_validation_without_logits_is_not_scored(prepared):
     _, val_set = make_train_sets(train_config(prepared, prepared))
-    loader = make_loader(val_set, EpochBatchSampler(len(val_set), 2, shuffle=False), workers=0)
+    loader = make_loader(val_set, EpochBatchSampler(len(val_set), 2, shuffle=False), workers=0, device=CPU)
     loss, confusion = validate(nn.Identity(), lambda _, batch: StepOutput(batch["image"].mean()), loader, CPU, ["one"])
     assert 0 < loss < 1 and not confusion.counts.any()

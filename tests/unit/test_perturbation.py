@@ -14,6 +14,7 @@ from dataset.perturbation import (
     sample_noise,
 )
 from dataset.pet import PetDataset, find_records
+from tests.helpers import CPU
 from utils.loader import EpochBatchSampler, make_loader
 
 SIZE = 128
@@ -141,7 +142,7 @@ def test_noise_depends_on_draw_image_and_perturbation_alone():
 def test_noise_is_independent_of_the_number_of_workers(prepared):
     dataset = PetDataset(find_records(prepared, "Test"), 32, perturbations=EVERY)
     sampler = EpochBatchSampler(len(dataset), 5, shuffle=False)
-    alone, shared = (list(make_loader(dataset, sampler, workers)) for workers in (0, 2))
+    alone, shared = (list(make_loader(dataset, sampler, workers, CPU)) for workers in (0, 2))
     for first, second in zip(alone, shared, strict=True):
         for name in NOISY:
             assert first[f"noise/{name}"].shape[:2] == (len(first["name"]), NUM_DRAWS), name

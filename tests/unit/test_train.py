@@ -79,14 +79,15 @@ def interrupted_at(call):
     return step
 
 
-def test_resumed_run_equals_the_uninterrupted_one(prepared, tmp_path):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resumed_run_equals_the_uninterrupted_one(prepared, tmp_path, precision):
     """Bit for bit, with dropout and a learning rate that falls, after Ctrl-C in the first and in the third epoch."""
     steps = 4  # of an epoch: three to train and one to validate
 
     def train_part(folder, **settings):
         torch.manual_seed(1)
         model = nn.Sequential(UNet(**UNET_ARGS), nn.Dropout2d(0.3))
-        settings |= {"epochs": 4, "patience": 0, "lr": 1e-2, "schedule": "cosine"}
+        settings |= {"epochs": 4, "patience": 0, "lr": 1e-2, "schedule": "cosine", "precision": precision}
         return train(prepared, tmp_path / folder, model=model, **settings)
 
     whole = train_part("whole")
@@ -163,7 +164,7 @@ def test_gradient_of_a_step_is_that_of_its_batch(prepared, tmp_path, monkeypatch
     train_set, _ = make_train_sets(train_config(prepared, tmp_path))
     sampler = EpochBatchSampler(len(train_set), 10, shuffle=True)
     sampler.set_epoch(1)
-    batches = [prepare_batch(batch, CPU) for batch in make_loader(train_set, sampler, workers=0)]
+    batches = [prepare_batch(batch, CPU) for batch in make_loader(train_set, sampler, workers=0, device=CPU)]
     assert [len(batch["image"]) for batch in batches] == [10, 2] and len(gradients) == 2
     for batch, found in zip(batches, gradients):
         expected = torch.autograd.grad(every_pixel_step(model, batch).loss, list(model.parameters()))
