@@ -76,11 +76,13 @@ def measure(base: Path, repeats: int) -> dict:
     return figures | {"unet_step": compare(4 * repeats, {"bare_loop": bare, "training_loop": loop}, STEPS)}
 
 
-def build_model(experiment: experiments.Experiment) -> nn.Module:
+def build_model(experiment: experiments.Experiment, base_channels: int = CHANNELS) -> nn.Module:
     options = {"skips": True} if "--skips" in experiment.flags else {}
     options |= {"encoding": "disk"} if "disk" in experiment.flags else {}
     is_clip = "clip" in experiment.model
-    options |= {"encoder": make_encoder(DEFAULT_CLIP, random_init=True)[1]} if is_clip else {"base_channels": CHANNELS}
+    options |= (
+        {"encoder": make_encoder(DEFAULT_CLIP, random_init=True)[1]} if is_clip else {"base_channels": base_channels}
+    )
     build = getattr(import_module(f"{experiment.model}.model"), MODELS[experiment.model].build)
     return build(**options).to(DEVICE, memory_format=torch.channels_last)
 

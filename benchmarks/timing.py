@@ -21,6 +21,12 @@ def compare(repeats: int, variants: dict[str, Callable[[], object]], count: int 
             variants[name]()
             seconds = timer() - began
             values[name].append(count / seconds if rate else seconds / count)
-    first, *others = variants
-    values |= {f"{name}/{first}": [a / b for a, b in zip(values[name], values[first])] for name in others}
-    return {name: {f.__name__: float(f"{f(row[1:]):.4g}") for f in (median, min, max)} for name, row in values.items()}
+    return summarize({name: row[1:] for name, row in values.items()})
+
+
+def summarize(values: dict[str, list[float]]) -> dict:
+    """Median, minimum and maximum of each variant's values, and of their ratios to the first variant's."""
+    first, *others = values
+    ratios = {f"{name}/{first}": [a / b for a, b in zip(values[name], values[first])] for name in others}
+    rows = (values | ratios).items()
+    return {name: {f.__name__: float(f"{f(row):.4g}") for f in (median, min, max)} for name, row in rows}
