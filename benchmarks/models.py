@@ -1,10 +1,9 @@
-"""Images per second and memory of training and evaluation, for every experiment; CLIP has random weights."""
+"""Images per second and memory of training, for every experiment; CLIP has random weights."""
 
 from contextlib import suppress
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from timeit import Timer
 
 import torch
 from torch import nn
@@ -12,20 +11,14 @@ from torch import nn
 from benchmarks.timing import DEVICE, compare
 from clip_seg.config import DEFAULT_CLIP
 from clip_seg.model import make_encoder
-from dataset.pet import PetDataset, make_test_set
-from dataset.pet_heatmap import read_points
 from models import MODELS
 from point_clip.model import PointClip
-from point_clip.scoring import predict_clicks
 from study import experiments
 from tests.helpers import peak_memory, segmentation_step
-from utils.config import TestConfig, TrainConfig
-from utils.dataset import CLICKS
-from utils.evaluation import ModelTest, evaluate, predict_classes
+from utils.config import TrainConfig
 from utils.files import InputError
-from utils.loader import EpochBatchSampler, collate, prepare_batch
+from utils.loader import EpochBatchSampler, prepare_batch
 from utils.loss import cross_entropy
-from utils.robustness import list_variants
 from utils.run import start_run
 from utils.train import compile_model, train_one_epoch
 
@@ -61,14 +54,9 @@ class MemoryLoader(list):
 
 def measure(base: Path, repeats: int) -> dict:
     figures = {"image_size": SIZE, "base_channels": CHANNELS, "batch_size": BATCH}
-    test_set = make_test_set(TestConfig(data=base, limit=BATCH), SIZE)
     for experiment in experiments.EXPERIMENTS:
-        model = build_model(experiment)
-        training = measure_training(model, min(repeats, 3))
-        figures[experiment.name] = training | measure_evaluation(model, test_set, min(repeats, 3))
-    perturbed = make_test_set(TestConfig(data=base, limit=BATCH // 4, perturb=[]), 256)
+        figures[experiment.name] = measure_training(build_model(experiment), min(repeats, 3))
     unet = build_model(experiments.EXPERIMENTS[0])
-    figures["unet_all_perturbations"] = measure_evaluation(unet, perturbed, min(repeats, 3))
     run = start_run(TrainConfig(out=base / "run", device=DEVICE.type, precision="fp32"), "unet")
     bare = Training(unet)
     model, optimizer = run.accelerator.prepare(unet, bare.optimizer)
@@ -95,17 +83,3 @@ def measure_training(model: nn.Module, repeats: int) -> dict:
     with suppress(InputError):  # without a compiler the other figures are still measured
         variants["compiled"] = partial(train, compile_model(model, DEVICE))
     return {"training": compare(repeats, variants, train.steps * BATCH, rate=True), "training_MiB": memory}
-
-
-def measure_evaluation(model: nn.Module, test_set: PetDataset, repeats: int) -> dict:
-    """Load, perturb, predict and score at each image's own size, against the forward passes alone."""
-    forward, predict, classes = model.eval().forward, predict_classes(model), test_set.class_table
-    if isinstance(model, PointClip):
-        test = ModelTest(model, {"config": {"image_size": test_set.size}}, test_set, TestConfig(), DEVICE)
-        clicks = dict(zip(test_set.names, read_points(test_set.records)))
-        forward, predict, classes = model.encode, predict_clicks(test, clicks, {}), CLICKS
-    images, passes = prepare_batch(collate(list(test_set)), DEVICE)["image"], len(list_variants(test_set.perturbations))
-    forward_passes = partial(Timer(partial(torch.inference_mode()(forward), images)).timeit, passes)
-    evaluation = partial(evaluate, predict, test_set, DEVICE, batch_size=BATCH, class_table=classes)
-    ways, memory = {"forward_passes": forward_passes, "evaluation": evaluation}, peak_memory(DEVICE, evaluation)
-    return {"evaluation": compare(repeats, ways, passes * len(images), rate=True), "evaluation_MiB": memory}

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.config import flag, parse, run_script
 from utils.files import InputError, write_json
 
-BENCHMARKS = ("startup", "cpu_step", "loader", "models", "clip")  # files of this folder
+BENCHMARKS = ("startup", "cpu_step", "loader", "models", "evaluation", "clip")  # files of this folder
 
 
 @dataclass

@@ -19,6 +19,7 @@ import pytest
 import torch._inductor.config
 from torch import nn
 
+from benchmarks.time_to_quality import EPOCH, SCRIPTS
 from tests.helpers import (
     ENVIRONMENT,
     ROOT,
@@ -213,3 +214,14 @@ def test_compile_without_a_compiler_is_refused(prepared, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"--compile needs a C\+\+ compiler \(apt-get install g\+\+\)"):
         train(prepared, tmp_path / "run", compile=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_plain_loop_and_training_print_the_curve_that_their_benchmark_reads(prepared, tmp_path):
+    flags = ["--data", prepared, "--epochs", 2, "--patience", 0, "--precision", "fp32", *TINY]
+    curves = []
+    for number, script in enumerate(SCRIPTS.values()):
+        lines = succeed(script, *flags, "--out", tmp_path / str(number)).stderr.splitlines()
+        curves.append([found.groups() for line in lines if (found := EPOCH.search(line))])
+    plain, ours = curves
+    assert [epoch for epoch, _ in plain] == ["1", "2"]
+    assert [float(iou) for _, iou in ours] == pytest.approx([float(iou) for _, iou in plain], abs=0.01), "one recipe"

@@ -108,6 +108,15 @@ def test_longer_run_equals_the_one_with_more_epochs(prepared, tmp_path):
     assert_same_run(train(prepared, tmp_path / "parts", epochs=4, patience=0, resume=True), whole)
 
 
+def test_auto_precision_on_another_machine_is_reported(prepared, tmp_path, monkeypatch, caplog):
+    for epochs, native in ((1, False), (2, False), (3, True)):
+        assert not caplog.records
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda native=native: {"avx512_bf16": native})
+        with caplog.at_level("WARNING"):
+            train(prepared, tmp_path / "run", epochs=epochs, patience=0, precision="auto", resume=epochs > 1)
+    assert "run: trained in fp32 before, continuing in bf16" in caplog.text
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_loss_that_is_not_finite_ends_the_run(prepared, tmp_path, bad):
     calls = itertools.count(1)

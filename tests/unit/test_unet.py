@@ -28,12 +28,16 @@ def run_main(monkeypatch):
 
 def test_flags_reach_the_run_and_the_scores(run_main, prepared, tmp_path):
     flags = ["--data", prepared, "--out", tmp_path / "run", "--epochs", 1, *TINY, "--loss", "cross-entropy+0.5*dice"]
-    run_main(unet_train, *flags)
+    run_main(unet_train, *flags, "--precision", "bf16", "--threads", 1)
     checkpoint = load_checkpoint(tmp_path / "run/best.pt", "unet")
     assert checkpoint["model_args"] == {"num_classes": 3, "base_channels": 2}
     assert checkpoint["config"]["loss"] == "cross-entropy+0.5*dice" and checkpoint["config"]["batch_size"] == 4
-    run_main(unet_test, "--data", prepared, "--checkpoint", tmp_path / "run/best.pt", "--workers", 0, "--device", "cpu")
+    environment = json.loads((tmp_path / "run/config.json").read_text())["environment"]
+    assert (environment["precision"], environment["threads"], environment["processes"]) == ("bf16", 1, 1)
+    flags = ["--data", prepared, "--checkpoint", tmp_path / "run/best.pt", "--workers", 0, "--device", "cpu"]
+    run_main(unet_test, *flags)
     metrics = json.loads((tmp_path / "run/test/metrics.json").read_text())
+    assert metrics["environment"]["precision"] == "fp32", "the same scores on every machine"
     assert metrics["model"] == "unet" and metrics["images"] == len(list((prepared / "Test/color").rglob("*.jpg")))
 
 
