@@ -38,7 +38,7 @@ def pick_precision(name: str, device: torch.device) -> str:
         return "bf16" if native else "fp16" if device.type == "cuda" else "fp32"
     if name == "fp16" and device.type == "cpu":
         raise InputError("--precision fp16 needs a GPU; on the CPU use bf16 or fp32")
-    if name == "bf16" and not native:
+    if name == "bf16" and not native and device.type != "mps":
         log.warning("--precision bf16: this machine only emulates bfloat16; fp32 is faster on it")
     return name
 
