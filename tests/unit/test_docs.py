@@ -92,7 +92,7 @@ def test_every_experiment_is_described():
     assert not missing, f"docs/flags.md lacks {missing}: run make docs"
 
 
-@pytest.mark.parametrize("name", ["demo", "unet", "pretraining", "robustness", "clicks"])
+@pytest.mark.parametrize("name", ["demo", "unet", "pretraining", "robustness", "clicks", "cpu"])
 def test_every_question_has_results(name):
     assert name in RESULTS and f"results/{name}/README.md" in PAGES
 
