@@ -21,7 +21,7 @@ from utils.evaluation import ModelTest, evaluate, predict_classes
 from utils.loader import collate, prepare_batch
 from utils.robustness import list_variants
 
-SIZE, IMAGES, PERTURBED_IMAGES = 256, 16, 2
+SIZE, IMAGES, PERTURBED_IMAGES = 256, 8, 2
 
 
 def measure(base: Path, repeats: int) -> dict:
