@@ -15,7 +15,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from tqdm import tqdm
 
 from autoencoder.model import LEVELS, Autoencoder
-from utils.distributed import all_reduce_sum, rank, world_size
+from utils.distributed import all_reduce_sum, autocast, rank, world_size
 from utils.evaluation import ModelTest, pick_examples, score
 from utils.figures import plot_pictures, save_figure
 from utils.files import InputError, write_json
@@ -112,7 +112,9 @@ def score_reconstruction(model: nn.Module, path: Path, test: ModelTest) -> str:
         predictions = {"autoencoder": model(image), **trivial_reconstructions(image, mean_image, 2**LEVELS)}
         for name, prediction in predictions.items():
             table = scores.setdefault(name, torch.zeros(len(test_set), 2, device=device))
-            table[indices] = torch.stack([psnr(prediction, image), ssim(prediction, image)], dim=1)
+            with autocast(device, "fp32"):  # SSIM convolves; a score must not be rounded by --precision
+                pair = [psnr(prediction.float(), image), ssim(prediction.float(), image)]
+            table[indices] = torch.stack(pair, dim=1)
     scores = {name: all_reduce_sum(table).cpu() for name, table in scores.items()}
     if rank() != 0:
         return ""

@@ -33,6 +33,8 @@ EVERY_PART = ("unet_16_channels",)  # the other models: the first and the last v
 def measure(_: Path, repeats: int) -> dict:
     from benchmarks.timing import summarize
 
+    if sys.platform != "linux":
+        return {"skipped": "page faults and peak memory are counted as on Linux"}
     peaks = [run("mm") for _ in range(repeats)]
     mm = {name: median(peak[name] for peak in peaks) for name in peaks[0]}
     figures = {"mm_GFLOP_per_second": mm}
@@ -59,7 +61,7 @@ def measure(_: Path, repeats: int) -> dict:
 
 
 def precision(parts: tuple[str, ...]) -> str:
-    """ "bf16" if it is among the parts and this CPU computes in it, else "fp32"."""
+    """The precision of a variant: bf16 if it is among the parts and this CPU supports it, else fp32."""
     import torch
 
     from utils.distributed import pick_precision
@@ -98,7 +100,7 @@ def measure_step(model_name: str, parts: tuple[str, ...]) -> dict[str, float]:
     torch.manual_seed(0)
     memory_format = torch.channels_last if "layout" in parts else torch.contiguous_format
     model, loss_of, batch_size = *build(model_name), BATCHES[model_name]
-    model = model.to(memory_format=memory_format).train()
+    model = model.to("cpu", memory_format=memory_format).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trained, 1e-4, fused=True if "fused" in parts else None)
     pixels = torch.randint(0, 256, (batch_size, 3, SIZE, SIZE), dtype=torch.uint8)

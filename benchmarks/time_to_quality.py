@@ -37,29 +37,29 @@ def main() -> None:
     config = parse(Config, __doc__)
     flags = ["--data", config.data, "--epochs", config.epochs, "--image-size", config.image_size, "--device", "cpu"]
     flags += ["--base-channels", config.base_channels, "--batch-size", config.batch_size, "--seed", config.seed]
-    curves = {name: train(script, flags, config.out / Path(script).parent.name) for name, script in SCRIPTS.items()}
+    curves = {name: train(script, flags, config.out / Path(script).stem) for name, script in SCRIPTS.items()}
+    rows = [(name, *row) for name, curve in curves.items() for row in curve]
+    write_bytes(config.out / "curves.csv", format_csv(["loop", "epoch", "seconds", "val_iou_mean"], rows))
     target = curves["plain loop"][-1][2]
+    plot(curves, target, config.out / "time_to_quality.png")
     reached = {name: next((row[1] for row in curve if row[2] >= target), None) for name, curve in curves.items()}
     if None in reached.values():
         raise InputError(f"unet/train.py did not reach the validation mIoU {target:.3f} of the plain loop")
-    rows = [(name, *row) for name, curve in curves.items() for row in curve]
-    write_bytes(config.out / "curves.csv", format_csv(["loop", "epoch", "seconds", "val_iou_mean"], rows))
     ratio = reached["plain loop"] / reached["unet/train.py"]
     write_json(config.out / "time_to_quality.json", {"target": target, "seconds": reached, "ratio": ratio})
-    plot(curves, target, config.out / "time_to_quality.png")
     print(f"validation mIoU {target:.3f} after {reached} seconds: {ratio:.2f} times sooner")
 
 
 def train(script: str, flags: list, out: Path) -> list[tuple[int, float, float]]:
     """Run a training; returns (epoch, seconds since its start, validation mIoU) of each epoch."""
-    began, curve = time.perf_counter(), []
+    began, curve, line = time.perf_counter(), [], ""
     command = [sys.executable, str(ROOT / script), *map(str, flags), "--out", str(out)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         for line in process.stderr:
             if found := EPOCH.search(line):
                 curve.append((int(found[1]), round(time.perf_counter() - began, 2), float(found[2])))
     if process.returncode or not curve:
-        raise InputError(f"{script} failed with exit code {process.returncode}")
+        raise InputError(f"{script} ended with exit code {process.returncode}: {line.strip()}")
     return curve
 
 

@@ -86,6 +86,9 @@ class Run:
         if self.is_main:
             remove_leftovers(self.folder)
             environment = describe_environment(self.device, self.precision)
+            saved = read_json(self.folder / "config.json").get("environment", {}) if last else {}
+            if saved.get("precision", self.precision) != self.precision:  # --precision auto on another machine
+                log.warning("%s: trained in %s, continues in %s", self.folder, saved["precision"], self.precision)
             details = {"class_table": self.class_table.as_plain_dict(), "environment": environment}
             write_json(self.folder / "config.json", {**as_plain_dict(self.config), "model_args": model_args, **details})
             write_json(self.folder / "split.json", split)
@@ -112,11 +115,6 @@ class Run:
         if self.accelerator.scaler is not None and last["scaler"]:
             self.accelerator.scaler.load_state_dict(last["scaler"])
         self.epoch, self.best_loss = last["epoch"], last["best_loss"]
-        environment = read_json(self.folder / "config.json").get("environment", {})
-        if (
-            before := environment.get("precision", self.precision)
-        ) != self.precision:  # --precision auto on another machine
-            log.warning("%s: trained in %s before, continuing in %s", self.folder, before, self.precision)
         log.info("%s: continuing after epoch %d", self.folder, self.epoch)
         return last
 

@@ -17,15 +17,16 @@ from utils.distributed import pick_precision, set_threads
 from utils.files import InputError
 from utils.machine import default_workers, keep_freed_memory, usable_cores
 
-FAULTS = """
-import resource
-from utils.machine import keep_freed_memory
-keep_freed_memory()
-for _ in range(4):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    block = b"x" * (64 << 20)
-    del block
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+# Prints the page faults of a block of 64 MiB that follows others of its size.
+FAULTS = """if True:
+    import resource
+    from utils.machine import keep_freed_memory
+    keep_freed_memory()
+    for _ in range(4):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        block = b"x" * (64 << 20)
+        del block
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 is_glibc = os.name == "posix" and hasattr(ctypes.CDLL(None), "gnu_get_libc_version")
 

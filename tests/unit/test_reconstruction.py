@@ -25,6 +25,7 @@ from autoencoder.test import Config
 from dataset.pet import make_test_set
 from tests.helpers import CPU, assert_same_weights, save_model
 from utils import evaluation
+from utils.distributed import autocast
 from utils.evaluation import ModelTest
 from utils.files import InputError, read_json
 from utils.helper import load_checkpoint
@@ -141,6 +142,17 @@ def test_scores_of_a_perfect_model_and_the_trivial_ones(prepared, tmp_path, figu
     expected = float(np.mean(-10 * np.log10(error)))
     assert metrics["mean"]["mean image"]["psnr"] == pytest.approx(expected, abs=1e-3)
     assert "PSNR (dB)" in text and f"{expected:.2f}" in text
+
+
+def test_scores_are_computed_in_float32_at_any_precision(prepared, tmp_path, figures):
+    test = make_test(prepared, tmp_path)
+    test.config.results.mkdir()
+    means = []
+    for precision in ("fp32", "bf16"):
+        with autocast(CPU, precision):
+            score_reconstruction(nn.Identity(), Path("first.pt"), test)
+        means.append(read_json(test.config.results / "reconstruction.json")["mean"])
+    assert means[0] == means[1]
 
 
 def test_figure_shows_photograph_and_reconstruction(prepared, tmp_path, figures):

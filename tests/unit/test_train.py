@@ -114,7 +114,7 @@ def test_auto_precision_on_another_machine_is_reported(prepared, tmp_path, monke
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda native=native: {"avx512_bf16": native})
         with caplog.at_level("WARNING"):
             train(prepared, tmp_path / "run", epochs=epochs, patience=0, precision="auto", resume=epochs > 1)
-    assert "run: trained in fp32 before, continuing in bf16" in caplog.text
+    assert "run: trained in fp32, continues in bf16" in caplog.text
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
