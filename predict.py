@@ -1,7 +1,7 @@
 """python predict.py --checkpoint runs/unet/best.pt PHOTO_OR_FOLDER ... --out masks
 
-Masks for photographs, at their own size, by any trained model: NAME_mask.png (classes as indices) and NAME_overlay.jpg.
-A model that is prompted by a click takes it as --point X,Y.
+Masks for photographs, at their own size, by any trained model: NAME_mask.png (classes as indices) and NAME_overlay.jpg,
+and index.csv with the photograph of each mask. A model that is prompted by a click takes it as --point X,Y.
 """
 
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ class Config:
     photographs: list[Path] = flag(None, "photographs, or folders of photographs", positional=True)
     checkpoint: Path = flag(Path("runs/unet/best.pt"), "a checkpoint, or the folder of a run")
     out: Path = flag(Path("masks"), "folder for the masks")
+    overwrite: bool = flag(False, "also replace masks of other photographs")
     point: tuple | None = flag(None, "click for a prompted model, X,Y in pixels of each photograph", parse=parse_point)
     clip_model: str | None = flag(None, "where a frozen CLIP's weights are now (default: where they were in training)")
     device: Literal["auto", "cpu", "cuda", "mps"] = flag("auto", "where to run the model")
@@ -32,7 +33,8 @@ def main() -> None:
 
     device = init_distributed(config.device)
     model, checkpoint = load_model(config.checkpoint, device, clip_model=config.clip_model)
-    print_once(predict_photographs(Predictor(model, checkpoint), config.photographs, config.out, config.point))
+    options = {"point": config.point, "overwrite": config.overwrite}
+    print_once(predict_photographs(Predictor(model, checkpoint), config.photographs, config.out, **options))
 
 
 if __name__ == "__main__":

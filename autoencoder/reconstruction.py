@@ -4,7 +4,6 @@ Images are (B, 3, H, W) in [0, 1], H and W at least 11 (the window of SSIM).
 """
 
 import logging
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from utils.figures import plot_pictures, save_figure
 from utils.files import InputError, write_json
 from utils.helper import restore_model
 from utils.loader import EpochBatchSampler, make_loader, prepare_batch
+from utils.loss import image_mean
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +51,8 @@ def edge_loss(prediction: Tensor, target: Tensor) -> Tensor:
     return error.diff(dim=-1).square().mean() + error.diff(dim=-2).square().mean()
 
 
-# The names that `--reconstruction-loss` knows. A loss takes prediction and target (B, 3, H, W), and returns a scalar.
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": F.mse_loss, "ssim": ssim_loss, "edge": edge_loss}
+# The names that `--reconstruction-loss` knows. A loss takes prediction and target (B, 3, H, W).
+LOSSES = {"mse": image_mean(F.mse_loss), "ssim": image_mean(ssim_loss), "edge": image_mean(edge_loss)}
 
 
 def trivial_reconstructions(image: Tensor, mean_image: Tensor, factor: int) -> dict[str, Tensor]:

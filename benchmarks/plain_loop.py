@@ -52,7 +52,7 @@ def main() -> None:
         running_loss = 0.0
         for batch in train_loader:
             optimizer.zero_grad()
-            loss = criterion(model(batch["image"] / 255), batch["mask"])
+            loss = criterion(model(batch["image"] / 255), batch["mask"]).value
             loss.backward()
             optimizer.step()
             running_loss += loss.item()
@@ -61,7 +61,7 @@ def main() -> None:
         with torch.no_grad():
             for batch in val_loader:
                 logits = model(batch["image"] / 255)
-                total += criterion(logits, batch["mask"]).item() * len(logits)
+                total += criterion(logits, batch["mask"]).value.item() * len(logits)
                 confusion.update(logits.argmax(dim=1), batch["mask"])
         loss = total / len(val_set)
         if loss < best:

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.utils import logging as transformers_logging
 
 from clip_seg.config import DEFAULT_CLIP
@@ -25,7 +25,10 @@ def load_vision(name: str) -> CLIPVisionModel:
     """CLIP's vision transformer of a hub id or a local folder, in float32; InputError when any weight is missing."""
     read_config(name)
     try:
-        vision, report = CLIPVisionModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        options = {"dtype": torch.float32, "output_loading_info": True, "trust_remote_code": False}
+        vision, report = CLIPVisionModel.from_pretrained(name, **options)
+    except MemoryError:
+        raise
     except Exception as error:  # missing, unreadable or damaged files raise many kinds of errors
         raise _missing_weights(name, error) from error
     if absent := sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"])):
@@ -44,14 +47,21 @@ def random_vision(name: str) -> CLIPVisionModel:
 def read_config(name: str) -> CLIPVisionConfig:
     """The config of a hub id or a local folder; InputError when it is not that of a CLIP vision transformer."""
     try:
-        config = AutoConfig.from_pretrained(name)
-    except Exception as error:  # offline, a misspelled id, no config, a model that transformers does not know
+        plain, _ = CLIPVisionConfig.get_config_dict(name)
+    except MemoryError:
+        raise
+    except Exception as error:  # offline, a misspelled id, no config, a damaged one
         raise _missing_weights(name, error) from error
-    vision = getattr(config, "vision_config", config) if config.model_type == "clip" else config
-    if not isinstance(vision, CLIPVisionConfig):
+    # Only the values are read: AutoConfig would offer to run the code that a folder may bring for an unknown type.
+    kind = plain.get("model_type")
+    if kind not in ("clip", "clip_vision_model"):
         expected = f"expected a CLIP with a vision transformer, such as {DEFAULT_CLIP}"
-        raise InputError(f"--clip-model {name} is a {config.model_type} model, {expected}")
-    return vision
+        raise InputError(f"--clip-model {name} is a {kind} model, {expected}")
+    try:
+        vision = plain.get("vision_config", {}) if kind == "clip" else plain
+        return CLIPVisionConfig.from_dict({**vision, "model_type": "clip_vision_model"})
+    except Exception as error:  # values of other types
+        raise InputError(f"--clip-model {name} has a config.json that is no CLIP's: {error}") from error
 
 
 def hash_weights(vision: CLIPVisionModel) -> str:

@@ -9,10 +9,12 @@ label/). The originals stay as they are; the prepared files lie beside them:
   BASE_DIR/{TrainVal,Test}/label/{cats,dogs}/NAME.png   indexed: 0 background, 1 cat, 2 dog, 255 boundary
   BASE_DIR/{TrainVal,Test}/points.csv                   name, class, x, y: one click on the pet, one on the background
   BASE_DIR/{TrainVal,Test}/prompt/                      with --save-heatmaps: heatmap and mask of every point
-  BASE_DIR/prep_report.json                             counts, and every file that was left out with the reason
+  BASE_DIR/prep_report.json                             counts, the state of every prepared file, and every file that
+                                                        was left out with the reason
   BASE_DIR/stale/                                       prepared files that no longer match the originals, if any
 
-Exit code 0: prepared. 1: nothing usable, or --strict and a file was left out. 2: wrong arguments.
+Exit code 0: prepared. 1: nothing usable, a file could not be read and is tried again next time, or --strict and a file
+was left out. 2: wrong arguments.
 """
 
 import hashlib
@@ -25,13 +27,15 @@ import sys
 import threading
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -39,17 +43,38 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from dataset.originals import SPLITS, Originals, Pair, download, find_originals, no_layout, relative, visible_files
+from dataset.originals import (
+    BREEDS,
+    REPORT,
+    SPLITS,
+    Originals,
+    Pair,
+    breed_of,
+    download,
+    file_state,
+    find_originals,
+    no_layout,
+    read_report,
+    relative,
+    visible_files,
+)
 from dataset.synthetic import draw_dataset
 from utils.config import flag, parse, run_script
 from utils.dataset import PETS, ClassTable, decode_trimap
 from utils.dataset_prep import sample_points
-from utils.files import InputError, atomic_path, format_csv, read_json, remove_leftovers, write_bytes, write_json
-from utils.image import load_picture, to_rgb
+from utils.files import (
+    InputError,
+    acquire_lock,
+    atomic_path,
+    format_csv,
+    remove_leftovers,
+    write_bytes,
+    write_json,
+)
+from utils.image import load_picture, to_rgb, turn_upright
 from utils.machine import usable_cores
 
-VERSION = 2  # increase when the prepared files change, so that every folder is prepared again
-REPORT = "prep_report.json"
+VERSION = 3  # increase when the prepared files change, so that every folder is prepared again
 
 
 @dataclass
@@ -58,6 +83,9 @@ class Outcome:
 
     pair: Pair
     reason: str = ""
+    file: Path | None = None  # that the reason is about (default: the photograph)
+    failed: bool = False  # the machine could not read it, so that it is tried again next time
+    exif: str = ""  # "stored" or "upright": how it was used, if its EXIF block turns it and its label fits both ways
     folder: str = ""
     converted: str = ""
     pixels: bytes = b""  # hash of the decoded photograph
@@ -74,6 +102,11 @@ class Config:
     processes: int | None = flag(None, "processes (default: one per core)", low=1)
     strict: bool = flag(False, "exit with code 1 if a file was left out (in the original data some are)")
     seed: int = flag(0, "seed of the points and the synthetic pets", low=0)
+    exif: Literal["upright", "stored"] | None = flag(
+        None,
+        "whether labels fit the photographs as their EXIF blocks turn them, or as they are stored (default: as the "
+        "sizes tell; if both fit, stored for Oxford's photographs and upright for others)",
+    )
     save_heatmaps: bool = flag(False, "also write each point's heatmap and mask as pictures")
 
     def __post_init__(self) -> None:
@@ -90,11 +123,13 @@ def main(argv: list[str] | None = None) -> int:
     base = config.base_dir
     try:
         base.mkdir(parents=True, exist_ok=True)
-        if config.download:
-            download(base)
-        elif config.synthetic is not None:
-            draw_dataset(base, config.synthetic, seed=config.seed)
-        report, fresh = prepare(base, processes=config.processes or usable_cores(), seed=config.seed)
+        options = {"seed": config.seed, "exif": config.exif}
+        with _lock(base) if config.download or config.synthetic else nullcontext():
+            if config.download:
+                download(base)
+            elif config.synthetic is not None:
+                draw_dataset(base, config.synthetic, seed=config.seed)
+        report, fresh = prepare(base, processes=config.processes or usable_cores(), **options)
         print(summary(base, report, fresh))
         if config.save_heatmaps:
             from dataset.pet_heatmap import save_heatmaps  # imports torch, which the preparation does not need
@@ -106,32 +141,55 @@ def main(argv: list[str] | None = None) -> int:
         hint = "Free space or change the permissions, then run again: the originals are untouched."
         raise InputError(f"cannot read or write in {base}: {error}. {hint}") from error
     empty = not any(any(counts.values()) for counts in report["counts"].values())
-    return 1 if empty or (config.strict and report["left_out"]) else 0
+    return 1 if empty or report["failed"] or (config.strict and report["left_out"]) else 0
 
 
-def prepare(base: Path, *, processes: int = 1, seed: int = 0, class_table: ClassTable = PETS) -> tuple[dict, bool]:
-    """Prepare `base`; returns the report and whether there was anything to do. InputError for a folder of no layout."""
-    old = read_json(base / REPORT) if (base / REPORT).exists() else None
+def _lock(base: Path) -> ExitStack:
+    """The lock of BASE_DIR; InputError when another preparation holds it."""
+    busy = f"{base}: another dataset_prep.py is preparing this folder; wait until it is done, then run again"
+    return acquire_lock(base / ".prepare.lock", timeout=0, busy=busy)
+
+
+def prepare(
+    base: Path, *, processes: int = 1, seed: int = 0, exif: str | None = None, class_table: ClassTable = PETS
+) -> tuple[dict, bool]:
+    """Prepare `base`; returns the report and whether there was anything to do.
+
+    InputError for a folder of no layout, or while another process prepares it.
+    """
+    old = read_report(base) if (base / REPORT).exists() else None
     originals = find_originals(base)
-    if old is None and originals is None:
-        raise InputError(no_layout(base))
     if originals is None:
+        if old is None:
+            raise InputError(no_layout(base))
         _check_copy(base, old, class_table)
         return old, False
-    if old is not None and old.get("fingerprint") == _fingerprint(originals, seed, class_table):
+    if old is not None and old["fingerprint"] == _fingerprint(originals, seed, exif, class_table):
         return old, False
+    with _lock(base):
+        return _prepare(originals, processes, seed, exif, class_table), True
 
+
+def _prepare(
+    originals: Originals, processes: int, seed: int, exif: str | None, class_table: ClassTable
+) -> dict[str, Any]:
+    """Write the prepared files and the report; returns it."""
+    base = originals.base
     # Without its report a folder counts as not prepared, so that an interrupted run never counts as finished.
     (base / REPORT).unlink(missing_ok=True)
-    for folder in _prepared_folders(base, class_table):
+    for folder in (base, *(base / split for split in SPLITS), *_prepared_folders(base, class_table)):
         remove_leftovers(folder)
-    work = partial(process_pair, base=base, seed=seed, class_table=class_table)
+    work = partial(
+        process_pair, base=base, seed=seed, exif=exif, oxford=originals.layout == "original", class_table=class_table
+    )
     outcomes = list(tqdm(_process_all(work, originals.pairs, processes), "prepare", len(originals.pairs), unit="image"))
     _leave_out_copies(outcomes)
-    kept = []
+    kept, failed = [], []
     for outcome in outcomes:
-        if outcome.reason:
-            originals.leave_out(outcome.pair.image, outcome.reason)
+        if outcome.failed:
+            failed.append({"file": relative(outcome.file, base), "reason": outcome.reason})
+        elif outcome.reason:
+            originals.leave_out(outcome.file or outcome.pair.image, outcome.reason)
         else:
             kept.append(outcome)
     moved = _move_strays(base, kept, class_table)
@@ -142,26 +200,41 @@ def prepare(base: Path, *, processes: int = 1, seed: int = 0, class_table: Class
 
     folders = product(SPLITS, class_table.species)
     found = Counter((outcome.pair.split, outcome.folder) for outcome in kept)
-    converted = [(relative(outcome.pair.image, base), outcome.converted) for outcome in kept if outcome.converted]
+    missing = [f"{split} holds no {folder}" for split, folder in folders if not found[split, folder]]
     report = {
         "version": VERSION,
         "layout": originals.layout,
         "classes": list(class_table.names),
         "synthetic": (base / "SYNTHETIC.txt").exists(),
         "counts": {split: {folder: found[split, folder] for folder in class_table.species} for split in SPLITS},
-        "warnings": [f"{split} holds no {folder}" for split, folder in folders if not found[split, folder]],
+        "warnings": [f"{what}; training and a fair test need all species" for what in missing] + _exif_warnings(kept),
         "left_out": [{"file": file, "reason": reason} for file, reason in sorted(originals.left_out)],
-        "converted": [{"file": file, "reason": reason} for file, reason in converted],
+        "failed": failed,
+        "converted": [
+            {"file": relative(outcome.pair.image, base), "reason": outcome.converted}
+            for outcome in kept
+            if outcome.converted
+        ],
         "set_aside": moved,
-        "fingerprint": _fingerprint(originals, seed, class_table),
+        "fingerprint": "" if failed else _fingerprint(originals, seed, exif, class_table),  # "": prepare again
+        "files": {relative(path, base): file_state(path) for path in _prepared_files(base, class_table)},
     }
     write_json(base / REPORT, report)
-    return report, True
+    return report
+
+
+def _exif_warnings(kept: Sequence[Outcome]) -> list[str]:
+    used = Counter(outcome.exif for outcome in kept if outcome.exif)
+    return [
+        f"{count} photographs are turned by their EXIF blocks and fit their labels both ways; used {way}. "
+        "Look at one; --exif upright or --exif stored decides"
+        for way, count in used.items()
+    ]
 
 
 def _check_copy(base: Path, report: dict, class_table: ClassTable) -> None:
     """InputError unless a folder that was copied without its originals is complete and has the classes of the table."""
-    classes, names = report.get("classes", list(PETS.names)), list(class_table.names)
+    classes, names = report["classes"], list(class_table.names)
     if classes != names:
         found = f"{base} was prepared with the classes {classes}, not {names}"
         raise InputError(f"{found}, and its originals are not here: prepare it where they are")
@@ -200,40 +273,68 @@ def _start_worker() -> None:
     threading.Thread(target=follow_parent, daemon=True).start()
 
 
-def process_pair(pair: Pair, *, base: Path, seed: int, class_table: ClassTable = PETS) -> Outcome:
-    """Check one pair and write its prepared image and label. OSError when a file cannot be read or written."""
+def process_pair(
+    pair: Pair,
+    *,
+    base: Path,
+    seed: int,
+    exif: str | None = None,
+    oxford: bool = False,
+    class_table: ClassTable = PETS,
+) -> Outcome:
+    """Check one pair and write its prepared image and label. OSError when a file cannot be written.
+
+    `exif` is `--exif`; `oxford`: it is in Oxford's layout, whose labels were drawn on the stored pixels.
+    """
+    file = pair.image
     try:
-        image, label = load_picture(pair.image), load_picture(pair.label)
+        image = load_picture(pair.image)
+        rgb = to_rgb(image)
+        file = pair.label
+        label = load_picture(pair.label)
         classes = class_table.decode_label(label) if pair.species is None else decode_trimap(label, pair.species)
     except InputError as error:
-        cause = error.__cause__
-        if isinstance(cause, OSError) and cause.errno is not None:  # no permission, a failing disk: not a damaged file
-            raise cause from None
-        return Outcome(pair, str(error).removeprefix(f"{pair.image}: ").replace(f"{pair.label}: ", "its label is "))
-    if image.size != label.size:
-        return Outcome(pair, "image is {}x{}, its label {}x{}".format(*image.size, *label.size))
+        return Outcome(pair, str(error).removeprefix(f"{file}: "), file)
+    except OSError as error:  # no permission, a failing disk: not a damaged file
+        return Outcome(pair, f"cannot be read ({error.strerror}); run again when it can", file, failed=True)
+    except MemoryError:
+        return Outcome(pair, "does not fit in memory; scale it down", file, failed=True)
+    turned = turn_upright(image)
+    fits = {"stored": image.size == label.size, "upright": turned.size == label.size}
+    default = "stored" if oxford or breed_of(pair.name) in BREEDS else "upright"
+    way = exif or (default if fits[default] else next((way for way in fits if fits[way]), default))
+    if not fits[way]:
+        size = turned.size if way == "upright" else image.size
+        return Outcome(pair, "image is {}x{}, its label {}x{}".format(*size, *label.size))
     found = [folder for folder, value in class_table.species.items() if (classes == value).any()]
     if len(found) != 1:
-        return Outcome(pair, f"{' and '.join(found)} in one label" if found else "no pet in its label")
+        return Outcome(pair, f"{' and '.join(found)} in one label" if found else "no pet in its label", pair.label)
 
     (folder,) = found
     prepared = base / pair.split / "color" / folder / f"{pair.name}.jpg"
-    rgb = to_rgb(image)
-    converted = "" if image.format == "JPEG" else f"is a {image.format} picture ({image.mode}); converted to JPEG"
-    if not converted:
+    rgb = to_rgb(turned) if way == "upright" and turned is not image else rgb
+    changes = [] if image.format == "JPEG" else [f"is a {image.format} picture ({image.mode})"]
+    changes += ["its EXIF block turns it"] if way == "upright" and turned is not image else []
+    if not changes:
         _link(pair.image, prepared)
     else:
         try:
             content = _encode(rgb, "JPEG", quality=95, subsampling=0)
-        except OSError as error:  # not a disk error: the picture has more than 65535 pixels on an edge
-            return Outcome(pair, f"cannot be saved as JPEG ({error})")
+        except OSError as error:  # not a disk error: the picture has more than 65500 pixels on an edge
+            return Outcome(pair, f"cannot be saved as JPEG ({error}); scale it down")
         _write_if_changed(prepared, content)
     # Compression level 1 takes less than half of the default's time; labels remain a few kB.
     content = _encode(class_table.encode_label(classes), "PNG", compress_level=1)
     _write_if_changed(base / pair.split / "label" / folder / f"{pair.name}.png", content)
     rng = np.random.default_rng([seed, zlib.crc32(pair.name.encode())])  # the points do not depend on other files
-    pixels = hashlib.blake2b(rgb.tobytes(), digest_size=16, salt=str(rgb.size).encode()).digest()
-    return Outcome(pair, "", folder, converted, pixels, sample_points(classes, class_table, rng))
+    return Outcome(
+        pair,
+        folder=folder,
+        converted=f"{', '.join(changes)}; converted to JPEG" if changes else "",
+        exif=way if turned is not image and all(fits.values()) and exif is None else "",
+        pixels=hashlib.blake2b(rgb.tobytes(), digest_size=16, salt=str(rgb.size).encode()).digest(),
+        points=sample_points(classes, class_table, rng),
+    )
 
 
 def _leave_out_copies(outcomes: Iterable[Outcome]) -> None:
@@ -293,7 +394,7 @@ def _write_if_changed(path: Path, content: bytes) -> None:
         write_bytes(path, content)
 
 
-def _fingerprint(originals: Originals, seed: int, class_table: ClassTable) -> str:
+def _fingerprint(originals: Originals, seed: int, exif: str | None, class_table: ClassTable) -> str:
     """Hash of the classes and of the state of every original and prepared file: if it is equal, nothing is to do."""
     base = originals.base
     files = [*originals.files, *_prepared_files(base, class_table), *(base / split / "points.csv" for split in SPLITS)]
@@ -301,7 +402,7 @@ def _fingerprint(originals: Originals, seed: int, class_table: ClassTable) -> st
     for path in files:
         state = path.stat() if path.exists() else None
         states.append((relative(path, base), state and state.st_size, state and state.st_mtime_ns))
-    return hashlib.sha256(repr((VERSION, seed, class_table.as_plain_dict(), states)).encode()).hexdigest()
+    return hashlib.sha256(repr((VERSION, seed, exif, class_table.as_plain_dict(), states)).encode()).hexdigest()
 
 
 def summary(base: Path, report: dict, fresh: bool) -> str:
@@ -311,7 +412,10 @@ def summary(base: Path, report: dict, fresh: bool) -> str:
     lines = [f"{base}: {state} ({report['layout']} layout{synthetic})"]
     for split, counts in report["counts"].items():
         lines.append(f"  {split:9}" + ", ".join(f"{count} {folder}" for folder, count in counts.items()))
-    lines += [f"  warning: {warning}; training and a fair test need all species" for warning in report["warnings"]]
+    lines += [f"  warning: {warning}" for warning in report["warnings"]]
+    lines += [f"  FAILED: {row['file']}: {row['reason']}" for row in report["failed"][:20]]
+    if len(report["failed"]) > 20:
+        lines.append(f"  FAILED: {len(report['failed'])} in all ({base / REPORT})")
     lines += [f"  converted: {row['file']}: {row['reason']}" for row in report["converted"][:20]]
     if moved := report["set_aside"]:
         lines.append(f"  moved to {base / 'stale'}: {len(moved)} prepared files that no longer match the originals")

@@ -13,10 +13,11 @@ from torch.utils.data import Dataset
 
 from dataset.augmentation import augment, train_transform
 from dataset.cache import Cache
+from dataset.originals import REPORT, is_unchanged, read_report, relative
 from dataset.perturbation import Perturbation, choose_perturbations, sample_noise
 from utils.config import TestConfig, TrainConfig
 from utils.dataset import PETS, ClassTable
-from utils.files import InputError, read_json
+from utils.files import InputError
 from utils.image import load_picture, resize_mask
 
 log = logging.getLogger(__name__)
@@ -46,38 +47,62 @@ def find_records(
 ) -> list[Record]:
     """The pets of a split, sorted by name; with `limit`, that many of them at even distances in that order.
 
-    InputError when `base_dir` is not prepared, was prepared with other classes, or an image or label is missing.
+    InputError when `base_dir` is not prepared, was prepared with other classes, or an image or label is missing or has
+    changed since.
     """
-    report = base_dir / "prep_report.json"
     prepare = f"Run: python dataset/dataset_prep.py {base_dir}"
-    if not report.is_file():
+    if not (base_dir / REPORT).is_file():
         raise InputError(f"{base_dir.absolute()} is not prepared. {prepare} (--download fetches the data)")
-    prepared = read_json(report)
-    classes = prepared.get("classes", list(PETS.names))  # older reports do not name them
-    if classes != (expected := list(class_table.names)):
-        raise InputError(f"{base_dir} was prepared with the classes {classes}, not {expected}. {prepare}")
-    records, counts = [], prepared["counts"][split]
+    report = read_report(base_dir)
+    if report["classes"] != (expected := list(class_table.names)):
+        raise InputError(f"{base_dir} was prepared with the classes {report['classes']}, not {expected}. {prepare}")
+    if report["failed"]:
+        log.warning("%s lacks %d files that could not be read. %s", base_dir, len(report["failed"]), prepare)
+    records = []
     for folder, species in class_table.species.items():
         color, label_dir = (base_dir / split / kind / folder for kind in ("color", "label"))
         images = [path for path in color.glob("*.jpg") if path.name[0] != "."]
-        if len(images) != counts[folder]:
-            raise InputError(f"{color} holds {len(images)} images, but {counts[folder]} were prepared. {prepare}")
+        count = report["counts"][split].get(folder, 0)
+        if len(images) != count:
+            raise InputError(f"{color} holds {len(images)} images, but {count} were prepared. {prepare}")
         for image in images:
             label = label_dir / f"{image.stem}.png"
             if not label.is_file():
                 raise InputError(f"{image} has no label {label}. {prepare}")
+            for path in (image, label):
+                state = report["files"].get(relative(path, base_dir))  # None: of an earlier version
+                if state is not None and not is_unchanged(path, state):
+                    raise InputError(f"{path} has changed since it was prepared. {prepare}")
             records.append(Record(image.stem, species, image, label, class_table))
     if not records:
-        raise InputError(f"{base_dir / split} holds no images. {report} lists the files that were left out.")
-    records.sort(key=lambda record: record.name)
-    if limit and limit < len(records):
-        records = [records[i] for i in np.linspace(0, len(records) - 1, limit).round().astype(int)]
-    return records
+        raise InputError(f"{base_dir / split} holds no images. {base_dir / REPORT} lists the files that were left out.")
+    return spread(sorted(records, key=lambda record: record.name), limit)
+
+
+def spread(records: Sequence[Record], limit: int | None) -> list[Record]:
+    """`limit` of the records, of each species in proportion, but at least 2 if that is possible; at even distances in
+    their order."""
+    if not limit or limit >= len(records):
+        return list(records)
+    groups = [[one for one in records if one.species == value] for value in sorted({one.species for one in records})]
+    exact = [limit * len(group) / len(records) for group in groups]
+    least = min(2, limit // len(groups))
+    shares = [min(len(group), max(least, int(share))) for group, share in zip(groups, exact)]
+    while sum(shares) != limit:  # rounding: give to the group with the largest deficit, or take from the smallest
+        step = 1 if sum(shares) < limit else -1
+        able = [i for i, group in enumerate(groups) if least <= shares[i] + step <= len(group)]
+        shares[max(able, key=lambda i: step * (exact[i] - shares[i]))] += step
+    picked = [
+        group[i]
+        for group, share in zip(groups, shares)
+        for i in np.linspace(0, len(group) - 1, share).round().astype(int)
+    ]
+    return sorted(picked, key=lambda record: record.name)
 
 
 def is_synthetic(base_dir: Path) -> bool:
     """Whether the pets were drawn by dataset/synthetic.py."""
-    return bool(read_json(base_dir / "prep_report.json").get("synthetic"))
+    return bool(read_report(base_dir).get("synthetic"))
 
 
 @dataclass(eq=False, repr=False)
@@ -94,7 +119,7 @@ class PetDataset(Dataset):
     records: Sequence[Record]
     size: int
     _: KW_ONLY
-    cache: Cache | None = None  # default: a cache of `records`
+    cache: Cache | Path | None = None  # a cache of `records`, or the folder for one (default: beside the data)
     indices: Sequence[int] | None = None  # default: all
     transform: A.Compose | None = None
     seed: int = 0
@@ -103,7 +128,8 @@ class PetDataset(Dataset):
     synthetic: bool = False
 
     def __post_init__(self) -> None:
-        self.cache = self.cache or Cache(self.records, self.size)
+        if self.cache is None or isinstance(self.cache, Path):
+            self.cache = Cache(self.records, self.size, self.cache)
         self.indices = range(len(self.records)) if self.indices is None else self.indices
 
     @property
@@ -173,7 +199,7 @@ def make_train_sets(
     if is_synthetic(config.data):
         log.info("%s holds synthetic drawings: scores are not comparable to any benchmark", config.data)
     train, val = split_records(records, config.val_fraction, config.seed)
-    size, cache = config.image_size, Cache(records, config.image_size)
+    size, cache = config.image_size, Cache(records, config.image_size, config.cache)
     augmented = {"indices": balance(records, train), "transform": train_transform(), "seed": config.seed}
     return train_class(records, size, cache=cache, **augmented), val_class(records, size, cache=cache, indices=val)
 
@@ -183,6 +209,7 @@ def make_test_set(config: TestConfig, image_size: int) -> PetDataset:
     return PetDataset(
         find_records(config.data, config.split, config.limit),
         image_size,
+        cache=config.cache,
         label_size=config.score_size,
         perturbations=choose_perturbations(config.perturb),
         synthetic=is_synthetic(config.data),

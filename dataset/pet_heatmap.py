@@ -15,7 +15,7 @@ from tqdm import tqdm
 from dataset.pet import PetDataset, Record, find_records
 from utils.dataset import CLICKS, IGNORE, foreground
 from utils.dataset_prep import heatmap_and_mask, random_pixel
-from utils.files import InputError, atomic_path, read_csv
+from utils.files import InputError, atomic_path, fit_name, read_csv
 from utils.image import picture_size, rescale_point
 
 log = logging.getLogger(__name__)
@@ -163,6 +163,7 @@ def save_heatmaps(base_dir: Path, split: str) -> int:
         for x, y, on_pet in clicks:
             side = "pet" if on_pet else "background"
             for kind, picture in zip(("heatmap", "mask"), heatmap_and_mask(label, int(x), int(y))):
-                with atomic_path(base_dir / split / "prompt" / f"{record.name}_{side}_{kind}.png") as temporary:
+                name = fit_name(record.name, f"_{side}_{kind}.png")
+                with atomic_path(base_dir / split / "prompt" / name) as temporary:
                     picture.save(temporary, "PNG", compress_level=1)
     return sum(map(len, points))

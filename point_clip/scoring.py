@@ -15,14 +15,15 @@ from point_clip.model import PointClip
 from utils.dataset import CLICKS, foreground
 from utils.dataset_prep import random_pixel
 from utils.distributed import all_gather_objects, rank
-from utils.evaluation import ImagePrediction, ModelTest, PredictBatch, example_arrays, pick_examples
+from utils.evaluation import MASK_SUFFIXES, ImagePrediction, ModelTest, PredictBatch, example_arrays, pick_examples
 from utils.figures import plot_pictures, save_figure
+from utils.files import fit_name
 from utils.image import picture_size, rescale_point
 from utils.metric import ConfusionMatrix, count_confusion, logits_to_classes, nan_mean
 from utils.predictor import resize_logits
 
 SIDES = {True: "pet", False: "background"}
-SUFFIXES = {True: "", False: "_background"}  # of the saved masks of clicks on the pet and on the background
+SUFFIXES = dict(zip((True, False), MASK_SUFFIXES))  # of the saved masks of clicks on the pet and on the background
 RANDOM_CLICKS = 5  # on each side of each image
 
 
@@ -192,7 +193,7 @@ def plot_examples(test: ModelTest, per_image: Sequence[ClickStatistics], fixed: 
         record = test.test_set.records[index]
         pictures: dict[bool, np.ndarray] = {}
         for click in fixed[record.name]:
-            mask_file = test.config.results / "masks" / f"{record.name}{SUFFIXES[click.on_pet]}.png"
+            mask_file = test.config.results / "masks" / fit_name(record.name, f"{SUFFIXES[click.on_pet]}.png")
             photo, label, mask = example_arrays(record, mask_file, test.config.score_size)
             x, y = rescale_point(click.x, click.y, picture_size(record.image), photo.shape[1::-1])
             pictures[click.on_pet] = mark_click(CLICKS.overlay(photo, mask), x, y)

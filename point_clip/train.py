@@ -45,7 +45,7 @@ def main() -> None:
     from utils.run import start_run
     from utils.train import StepOutput, fit
 
-    criterion = SegmentationLoss(config.loss, "ignore")  # `step` itself handles --boundary
+    criterion = SegmentationLoss(config.loss, config.boundary)
 
     def step(model, batch):
         clicks = batch["points"].shape[1]  # on every image

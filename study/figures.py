@@ -14,6 +14,7 @@ from point_clip.scoring import mark_click
 from study.runs import Run
 from utils.dataset import CLICKS
 from utils.figures import plot_pictures
+from utils.files import fit_name
 from utils.image import load_picture, to_rgb
 from utils.robustness import level_panels, plot_levels
 
@@ -91,7 +92,7 @@ def plot_examples(rows: Sequence[tuple[str, Any]], runs: Sequence[Run], title: s
         photo = np.asarray(to_rgb(load_picture(record.image)))
         cells = [photo, record.class_table.overlay(photo, record.load_label())]
         for run in runs:
-            path = run.folder / "test" / "masks" / f"{record.name}.png"
+            path = run.folder / "test" / "masks" / fit_name(record.name, ".png")
             if not path.exists():
                 cells.append(np.full_like(photo, 255))
                 continue

@@ -4,6 +4,7 @@ Tables and figures of tested runs side by side (report, tables 1 and 2). With --
 seeds of one model, are better than others: python study/report.py A/seed0 A/seed1 --against B/seed0 B/seed1
 """
 
+import re
 import statistics
 import sys
 from collections.abc import Sequence
@@ -239,8 +240,13 @@ def format_retained(runs: Sequence[Run]) -> str:
 
 def _table(rows: Sequence[dict[str, Any]], heads: dict[str, str]) -> str:
     lines = [f"| {' | '.join(heads.values())} |", f"|{'---|' * len(heads)}"]
-    lines += [f"| {' | '.join(_cell(row.get(key)) for key in heads)} |" for row in rows]
+    lines += [f"| {' | '.join(escape(_cell(row.get(key))) for key in heads)} |" for row in rows]
     return "\n".join(lines) + "\n"
+
+
+def escape(text: str) -> str:
+    """The name of a folder or file as Markdown text: "|" would end a cell of a table, "$" begin a formula."""
+    return re.sub(r"([|$\\])", r"\\\1", " ".join(text.split()))
 
 
 def _cell(value: Any, form: str = ".1f") -> str:

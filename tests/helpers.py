@@ -116,11 +116,18 @@ def train_config(data: Path, out: Path, **settings: Any) -> TrainConfig:
 
 
 def segmentation_step(model, batch):
-    from utils.loss import cross_entropy
+    """A step whose loss leaves the boundary out, so that it depends on sums over the whole batch."""
+    from utils.loss import SegmentationLoss
     from utils.train import StepOutput
 
     logits = model(batch["image"])
-    return StepOutput(cross_entropy(logits, batch["mask"]), logits, batch["mask"])
+    return StepOutput(SegmentationLoss("cross-entropy", "ignore")(logits, batch["mask"]), logits, batch["mask"])
+
+
+def scale_loss(output, factor):
+    """The output of a step with its loss multiplied by a factor."""
+    sums, formula, per_image = output.loss
+    return output._replace(loss=type(output.loss)(sums, lambda sums: factor * formula(sums), per_image))
 
 
 UNET_ARGS = {"num_classes": 3, "base_channels": 2}

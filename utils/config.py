@@ -5,6 +5,7 @@ This file imports nothing heavy, so that every script answers `--help` immediate
 
 import argparse
 import dataclasses
+import io
 import json
 import logging
 import math
@@ -20,14 +21,18 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from utils.files import InputError, read_json
-from utils.machine import keep_freed_memory
+from utils.machine import is_out_of_memory, keep_freed_memory
 
 Config = TypeVar("Config")
 
 # Flags that a resumed run may change: length, speed and place of the training. All others determine its result.
 RESUMABLE = {
-    "resume", "data", "epochs", "patience", "workers", "threads", "device", "compile", "out", "micro_batch_size",
+    "resume", "data", "cache", "epochs", "patience", "workers", "threads", "device", "compile", "out",
+    "micro_batch_size",
 }  # fmt: skip
+
+# Flags of test.py that have no effect on photographs without labels.
+SCORING_FLAGS = ("data", "cache", "split", "batch_size", "score_size", "workers", "limit", "perturb")
 
 # Flags of earlier versions, and their replacements.
 REMOVED_FLAGS = {"--accumulate": "--batch-size counts the images of an optimizer step; use --micro-batch-size"}
@@ -87,6 +92,9 @@ class TrainConfig:
     """Flags that every train.py shares; the defaults of the recipe are the report's (docs/models.md)."""
 
     data: Path = flag(Path("Dataset"), "folder prepared by dataset/dataset_prep.py")
+    cache: Path | None = flag(
+        None, "folder for the resized images (default: cache/ in --data; where that is read-only, a temporary folder)"
+    )
     out: Path = flag(Path("runs/model"), "folder of this run")
     epochs: int = flag(50, "maximum number of passes over the training images", low=1)
     batch_size: int = flag(
@@ -138,8 +146,9 @@ class TrainConfig:
 class TestConfig:
     """Flags that every test.py shares."""
 
-    checkpoint: Path = flag(Path("runs/model/best.pt"), "file written by train.py")
+    checkpoint: Path = flag(Path("runs/model/best.pt"), "file written by train.py, or the folder of its run")
     data: Path = flag(Path("Dataset"), "folder prepared by dataset/dataset_prep.py")
+    cache: Path | None = flag(None, "folder for the resized images, as in training")
     split: Literal["Test", "TrainVal"] = flag("Test", "images to score")
     out: Path | None = flag(None, "folder for the results (default: test/ beside the checkpoint)")
     batch_size: int = flag(32, "images per forward pass in one process", low=1)
@@ -156,13 +165,22 @@ class TestConfig:
     images: list[Path] | None = flag(
         None, "segment these photographs (files or folders, no labels needed) instead of scoring a split"
     )
+    overwrite: bool = flag(False, "with --images: also replace masks of other photographs")
     perturb: list[str] | None = flag(
         None, "also score under these perturbations (without names: all of them) at every level", nargs="*"
     )
 
     def __post_init__(self) -> None:
-        if self.images and self.perturb is not None:
-            raise InputError("--perturb scores a split; with --images there is nothing to score, leave one of them out")
+        fields = {field.name: field for field in dataclasses.fields(self)}
+        if self.checkpoint.is_dir():  # a run's folder: its best.pt is where the default has it below runs/NAME
+            below = Path(*fields["checkpoint"].default.parts[2:])
+            found = [path for path in (self.checkpoint / below, self.checkpoint / below.name) if path.is_file()]
+            self.checkpoint = found[0] if found else self.checkpoint
+        if self.overwrite and not self.images:
+            raise InputError("--overwrite is about masks of photographs: give --images, or leave it out")
+        for name in SCORING_FLAGS if self.images else ():
+            if getattr(self, name) != fields[name].default:
+                raise InputError(f"{flag_name(name)} is for scoring a split; with --images leave it out")
 
     @property
     def results(self) -> Path:
@@ -174,14 +192,10 @@ class TestConfig:
 def parse(config_class: type[Config], doc: str, argv: list[str] | None = None) -> Config:
     """Read the command line into `config_class`; unknown flags and bad values end the script with exit code 2.
 
-    With `--resume`, flags that were not given are read from the config.json of the run. InputError when there is no run
-    to resume, or a given flag that is not in RESUMABLE has another value than in the run.
+    With `--resume`, flags that were not given are read from the config.json of the run, if anything was saved yet.
+    InputError when its settings are lost or wrong, or a given flag that is not in RESUMABLE has another value.
     """
-    parser = argparse.ArgumentParser(description=doc, argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    hints = typing.get_type_hints(config_class)
-    for field in dataclasses.fields(config_class):
-        _add_argument(parser, field, hints[field.name])
+    parser = _make_parser(config_class, description=doc)
     for argument in sys.argv[1:] if argv is None else argv:
         if hint := REMOVED_FLAGS.get(argument.partition("=")[0]):
             parser.error(f"{argument} no longer exists: {hint}")
@@ -193,9 +207,12 @@ def parse(config_class: type[Config], doc: str, argv: list[str] | None = None) -
             parser.error(str(error))
 
     out = given.get("out", config_class.__dataclass_fields__["out"].default)
-    if not (out / "config.json").is_file():
-        raise InputError(f"--resume: {out} holds no run. Leave out --resume to start one.")
-    saved = restore_fields(config_class, read_json(out / "config.json"), source=out / "config.json")
+    settings = out / "config.json"
+    if not settings.is_file() or not settings.stat().st_size:  # empty: the machine failed while it was written
+        if trained := [path.name for path in out.rglob("*") if path.name in ("last.pt", "best.pt")]:
+            raise InputError(f"--resume: {settings} is missing or empty beside {trained[0]}: restore it from a copy")
+        return config_class(**given)  # nothing was saved yet, so that a scheduler can always give --resume
+    saved = restore_fields(config_class, read_json(settings), source=settings)
     if changed := [name for name in given if name not in RESUMABLE and given[name] != saved[name]]:
         lines = "\n".join(f"  {flag_name(name)} is {saved[name]} in the run, got {given[name]}" for name in changed)
         hint = "Leave these flags out, or start a new run with another --out."
@@ -209,7 +226,10 @@ def as_plain_dict(config: Any) -> dict:
 
 
 def restore_fields(config_class: type, values: dict, *, source: Path) -> dict:
-    """Inverse of `as_plain_dict`: field values by name. InputError when `source` is the config of another script."""
+    """Inverse of `as_plain_dict`: field values by name.
+
+    InputError when `source` is the config of another script, or a value is none that the flag accepts.
+    """
     hints = typing.get_type_hints(config_class)  # of all fields
     if "accumulate" in values:  # its batch size was that of one process
         raise InputError(f"{source} is of an earlier version: test it, or start a new run with another --out")
@@ -217,9 +237,33 @@ def restore_fields(config_class: type, values: dict, *, source: Path) -> dict:
     if missing - RESUMABLE:  # the others have no effect on the result
         names = ", ".join(sorted(missing))
         raise InputError(f"{source} belongs to another model or version (no {names}); use another --out")
-    restored = {name: values[name] for name in hints.keys() & values.keys()}
-    paths = {name for name, hint in hints.items() if Path in (hint, *typing.get_args(hint))}
-    return restored | {name: Path(restored[name]) for name in paths if isinstance(restored.get(name), str)}
+    parser = _make_parser(config_class, exit_on_error=False)
+    known = [name for name in hints if name in values]
+    return {name: _restore(parser, name, hints[name], values[name], source) for name in known}
+
+
+def _restore(parser: argparse.ArgumentParser, name: str, hint: Any, value: Any, source: Path) -> Any:
+    """A field's value from JSON, after the checks that the command line makes."""
+    kinds = (hint, *typing.get_args(hint))
+    if value is None and type(None) in kinds:
+        return None
+    if not isinstance(value, bool if bool in kinds else str | int | float):
+        raise InputError(f"{source}: {name} cannot be {value!r}")
+    text = f"{flag_name(name)}={value}" if bool not in kinds else flag_name(name if value else f"no_{name}")
+    try:
+        return getattr(parser.parse_args([text]), name)
+    except argparse.ArgumentError as error:
+        raise InputError(f"{source}: {error.message} (of {name})") from None
+
+
+def _make_parser(config_class: type, **options: Any) -> argparse.ArgumentParser:
+    """A parser with a flag for each field."""
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False, **options)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        _add_argument(parser, field, hints[field.name])
+    return parser
 
 
 class Terminated(KeyboardInterrupt):
@@ -229,10 +273,13 @@ class Terminated(KeyboardInterrupt):
 def run_script(main: Callable[[], int | None]) -> None:
     """Run a script's `main` and exit.
 
-    Exit code 1 and one line on stderr for InputError, for an OSError (its message names the file) and for a loader
-    worker that was killed; 130 for Ctrl-C, 143 for SIGTERM.
+    Exit code 1 and one line on stderr for InputError, for an OSError (its message names the file), for want of memory
+    and for a loader worker that was killed; 130 for Ctrl-C, 143 for SIGTERM.
     """
     keep_freed_memory()
+    for stream in (sys.stdout, sys.stderr):  # names of files may hold characters that the terminal cannot show
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(format="%(message)s")
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
     for package in ("utils", "dataset", "study"):  # log our own packages only, on rank 0 only
@@ -253,7 +300,11 @@ def run_script(main: Callable[[], int | None]) -> None:
         sys.exit(code)
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            reason = (str(error).strip() or "more than there is").splitlines()[0]
+            hint = "use a smaller --micro-batch-size in training, --batch-size in testing, or --image-size"
+            sys.exit(f"error: out of memory: {hint} ({reason})")
         if "DataLoader worker" not in str(error):
             raise
         if "signal: Terminated" in str(error):  # SIGTERM for the whole process group can reach a worker first
@@ -280,7 +331,8 @@ def _add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field, hin
         options["choices"] = typing.get_args(hint)
     elif typing.get_origin(hint) is list:
         kind = typing.get_args(hint)[0]
-        options |= {"type": kind, "nargs": metadata.get("nargs", "+"), "metavar": "PATH" if kind is Path else "NAME"}
+        options |= {"type": _checked(kind, metadata), "nargs": metadata.get("nargs", "+")}
+        options["metavar"] = "PATH" if kind is Path else "NAME"
     elif hint is not None:
         options |= {"type": _checked(hint, metadata), "metavar": hint.__name__.upper()}
     if metadata.get("positional"):
@@ -300,7 +352,9 @@ def _checked(kind: type, metadata: Any) -> Callable[[str], Any]:
     def read(text: str) -> Any:
         if text in metadata.get("removed", {}):
             raise argparse.ArgumentTypeError(f"{text} no longer exists: {metadata['removed'][text]}")
-        value = kind(text)
+        if kind is Path and not text:
+            raise argparse.ArgumentTypeError("expected a path, got nothing")
+        value = Path(text).expanduser() if kind is Path else kind(text)
         if isinstance(value, float) and not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"expected a finite number, got {text}")
         if isinstance(value, int | float) and not low <= value <= high:

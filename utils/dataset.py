@@ -6,6 +6,7 @@ data set or the checkpoint.
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -105,27 +106,63 @@ class ClassTable:
         return tuple((self.tints[value] / 255).tolist())
 
     def decode_label(self, label: Image.Image) -> np.ndarray:
-        """Classes (H, W) uint8 of an indexed, grey or RGB label. InputError lists values that belong to no class."""
-        if label.mode not in ("RGB", "RGBA", "L", "P"):
+        """Classes (H, W) uint8 of an indexed, grey or RGB label, with or without alpha: transparent is background.
+
+        InputError lists the values that belong to no class, with their pixels, and those that are known.
+        """
+        kind = {"P": "P", "PA": "P", "L": "L", "LA": "L", "RGB": "RGB", "RGBA": "RGB"}.get(label.mode)
+        if kind is None:
             raise InputError(f"a label must be an indexed, grey or RGB picture, got mode {label.mode}")
-        pixels = np.asarray(label.convert("RGB") if label.mode == "RGBA" else label)
-        by_value = {value: value for value in self.values}
-        if label.mode in ("RGB", "RGBA"):
-            classes = self._match_colors(pixels)
-        elif label.mode == "L":
-            # A label with palette that was saved as grey has the luma of its colors: (128, 0, 0) becomes 38.
-            luma = {round(float(self.palette[value] @ (0.299, 0.587, 0.114))): value for value in self.values}
-            classes = _lookup_table(luma | by_value)[pixels]
+        _refuse_jpeg(label)
+        pixels = np.asarray(label)
+        if label.mode in ("PA", "LA"):
+            pixels = pixels[..., 0]
+        if kind == "RGB":
+            classes = self._match_colors(pixels[..., :3])
+            known = {self.row(value).name: [self.row(value).color] for value in self.values}
         else:
-            # By color if every color belongs to a class, because programs that save RGB labels as indexed pictures
-            # assign new indices; by index with any other palette.
-            entries = np.array(label.getpalette("RGB"), np.uint8).reshape(-1, 3)
-            palette = np.pad(entries, ((0, 256 - len(entries)), (0, 0)))
-            classes = self._match_colors(palette)[pixels]
-            if (classes == _UNKNOWN).any():
-                classes = _lookup_table(by_value)[pixels]
-        _check_known(classes, pixels)
+            table, known = self._index_table(label) if kind == "P" else self._grey_table(pixels)
+            classes = table[pixels]
+        if label.has_transparency_data:
+            alpha = np.asarray(label.convert("RGBA"))[..., 3]
+            classes = np.where(alpha == 0, 0, classes)
+            if kind == "RGB":  # the edge of a soft brush: neither painted nor not
+                classes[(alpha > 0) & (alpha < 255)] = _UNKNOWN
+        _refuse_unknown(classes, pixels, known)
         return classes
+
+    def _index_table(self, label: Image.Image) -> tuple[np.ndarray, dict[str, list[int]]]:
+        """The class of each index of an indexed label, and the known indices by class.
+
+        By color if every color belongs to a class, because programs that save RGB labels as indexed pictures assign new
+        indices; by index with any other palette, unless an index has the color of another class. An index beyond the
+        palette, or whose color repeats an earlier one, is unknown: such entries fill the palette up.
+        """
+        colors = np.array(label.getpalette("RGB"), np.uint8).reshape(-1, 3)
+        _, first = np.unique(colors, axis=0, return_index=True)
+        by_color = np.full(256, _UNKNOWN, np.uint8)
+        by_color[first] = self._match_colors(colors[first])
+        if (by_color[first] != _UNKNOWN).all():
+            table = by_color
+        else:
+            table = _lookup_table({value: value for value in self.values})
+            table[(by_color != _UNKNOWN) & (by_color != 0) & (by_color != table)] = _UNKNOWN
+            table[len(colors) :] = _UNKNOWN
+        indices = {self.row(value).name: np.flatnonzero(table == value).tolist() for value in self.values}
+        return table, {name: found for name, found in indices.items() if found}
+
+    def _grey_table(self, pixels: np.ndarray) -> tuple[np.ndarray, dict[str, list[int]]]:
+        """The class of each grey value, and the known values by class: the classes themselves, or the luma of their
+        colors, as in a label with palette that was saved as grey: (128, 0, 0) becomes 38."""
+        by_value = {value: value for value in self.values}
+        by_luma = {round(float(self.palette[value] @ (0.299, 0.587, 0.114))): value for value in self.values}
+        used = np.unique(pixels).tolist()
+        meant = max((by_value, by_luma), key=lambda known: sum(value in known for value in used))
+        known = {
+            self.row(value).name: sorted({grey for part in (by_value, by_luma) for grey in part if part[grey] == value})
+            for value in self.values
+        }
+        return _lookup_table(meant), known
 
     def _match_colors(self, colors: np.ndarray) -> np.ndarray:
         """Classes (...) of colors (..., 3)."""
@@ -175,9 +212,10 @@ def decode_trimap(trimap: Image.Image, species: int) -> np.ndarray:
     """Classes (H, W) uint8 of an Oxford-IIIT trimap (1 pet, 2 background, 3 boundary) of a pet of class `species`."""
     if trimap.mode not in ("P", "L"):
         raise InputError(f"a trimap must be a grey picture, got mode {trimap.mode}")
+    _refuse_jpeg(trimap)
     pixels = np.asarray(trimap)
     classes = _lookup_table({1: species, 2: 0, 3: IGNORE})[pixels]
-    _check_known(classes, pixels)
+    _refuse_unknown(classes, pixels, {"pet": [1], "background": [2], "boundary": [3]})
     return classes
 
 
@@ -187,8 +225,23 @@ def _lookup_table(values: dict[int, Any], table: np.ndarray | None = None) -> np
     return table
 
 
-def _check_known(classes: np.ndarray, pixels: np.ndarray) -> None:
+def _refuse_jpeg(label: Image.Image) -> None:
+    if label.format in ("JPEG", "MPO"):
+        raise InputError("a JPEG, which changes the values of a label; save the label as PNG")
+
+
+def _refuse_unknown(classes: np.ndarray, pixels: np.ndarray, known: dict[str, list]) -> None:
+    """InputError if a pixel of `classes` (H, W) is unknown; lists the values of `pixels` (H, W) or (H, W, channels)."""
     unknown = classes == _UNKNOWN
-    if unknown.any():
-        values = np.unique(pixels[unknown], axis=0)[:5].tolist()
-        raise InputError(f"{unknown.sum()} label pixels belong to no class: values {values}")
+    if not unknown.any():
+        return
+    values, counts = np.unique(pixels[unknown], axis=0, return_counts=True)
+    order = np.argsort(-counts, kind="stable")[:5]
+    found = ", ".join(f"{_value_text(values[i].tolist())} ({counts[i]} pixels)" for i in order)
+    found += ", ..." if len(counts) > 5 else ""
+    meant = ", ".join(f"{name} {' or '.join(map(_value_text, values))}" for name, values in known.items())
+    raise InputError(f"{unknown.sum()} pixels belong to no class: {found}; known are {meant}")
+
+
+def _value_text(value: int | Sequence[int]) -> str:
+    return str(value) if isinstance(value, int) else f"({', '.join(map(str, value))})"

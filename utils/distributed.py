@@ -73,6 +73,10 @@ def set_threads(threads: int | None) -> None:
 
 def init_distributed(device: str, threads: int | None = None) -> torch.device:
     """Join the processes that were started together, set the threads; returns the device that `--device` asks for."""
+    absent = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if absent and os.environ.get("WORLD_SIZE", "1") != "1":
+        hint = "start the processes with torchrun, or unset it"
+        raise InputError(f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set, but not {', '.join(absent)}: {hint}")
     state = PartialState(cpu=pick_device(device).type == "cpu")
     if not dist.is_initialized() and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
         log.warning("accelerate launch started one process only; on a CPU torchrun --nproc_per_node starts several")

@@ -5,6 +5,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +22,16 @@ from utils.config import TestConfig, as_plain_dict
 from utils.dataset import PETS, ClassTable
 from utils.distributed import all_reduce_sum, autocast, init_distributed, pick_precision, print_once, rank, world_size
 from utils.figures import plot_pictures, save_figure
-from utils.files import InputError, format_csv, write_bytes, write_json
+from utils.files import (
+    InputError,
+    acquire_lock,
+    fit_name,
+    format_csv,
+    read_json,
+    remove_leftovers,
+    write_bytes,
+    write_json,
+)
 from utils.helper import class_table_of, describe_environment, restore_model
 from utils.image import load_picture, resize_image, resize_mask, to_rgb
 from utils.loader import EpochBatchSampler, make_loader, prepare_batch
@@ -32,12 +42,15 @@ from utils.robustness import Variant, list_variants, summarize_robustness, write
 SYNTHETIC_NOTE = "synthetic drawings: scores are not comparable to any benchmark"
 
 
+MASK_SUFFIXES = ("", "_background")  # of saved masks: of the image or its pet, and of a click on the background
+
+
 class ImagePrediction(NamedTuple):
     """Predicted and true classes of one image at its label's size; K = 1, or the number of clicks."""
 
     masks: Tensor  # (K, H, W)
     targets: Tensor  # (K, H, W), 255 = ignored
-    suffixes: Sequence[str] = ("",)  # each mask is saved as NAME + suffix + ".png"
+    suffixes: Sequence[str] = ("",)  # each mask is saved as NAME + suffix + ".png"; all are in MASK_SUFFIXES
 
 
 # Yields the predictions of each image of a batch, in order. The batch is on the device: `image` (B, 3, H, W) in [0, 1];
@@ -139,7 +152,7 @@ def evaluate(
                 counts[indices, number] = torch.stack(tables).cpu()
                 if masks and variant.perturbation is None:
                     files = [
-                        (masks / f"{name}{suffix}.png", mask.to(torch.uint8).cpu().numpy(), class_table)
+                        (masks / fit_name(name, f"{suffix}.png"), mask.to(torch.uint8).cpu().numpy(), class_table)
                         for name, prediction in zip(batch["name"], predictions)
                         for suffix, mask in zip(prediction.suffixes, prediction.masks)
                     ]
@@ -170,11 +183,9 @@ class ModelTest(NamedTuple):
         if trained != class_table.names:
             found = f"{config.data} has {', '.join(class_table.names)}"
             raise InputError(f"{config.checkpoint} was trained on the classes {', '.join(trained)}, {found}")
-        config.results.mkdir(parents=True, exist_ok=True)  # an unusable folder is an error before the work, not after
-        for name in ("metrics.json", "robustness.json", "robustness.csv", "robustness.png"):
-            (config.results / name).unlink(missing_ok=True)
         options = {"batch_size": config.batch_size, "workers": config.workers, "masks": config.results / "masks"}
-        return evaluate(predict_batch, self.test_set, self.device, class_table=class_table, **options)
+        with clear_results(config.results, self.test_set.names) if rank() == 0 else nullcontext():
+            return evaluate(predict_batch, self.test_set, self.device, class_table=class_table, **options)
 
     def write(self, evaluation: Evaluation, metrics: dict[str, Any], title: str, details: Sequence[str] = ()) -> str:
         """Write metrics.json, images.csv and, if perturbed, robustness files; returns scores and `details` as text."""
@@ -203,6 +214,31 @@ class ModelTest(NamedTuple):
         return "\n".join(text)
 
 
+def clear_results(folder: Path, names: Sequence[str]) -> ExitStack:
+    """Delete the scores and masks that an earlier test wrote to `folder`, and what a killed one left there.
+
+    `.masks.json` lists the images whose masks a test writes, so that no other files are deleted. Returns the
+    lock of the folder. InputError when it cannot be written (before the work, not after), or another test writes to it.
+    """
+    masks = folder / "masks"
+    try:
+        masks.mkdir(parents=True, exist_ok=True)
+        busy = f"{folder}: another test is writing there; wait for it, or choose another --out"
+        lock = acquire_lock(folder / ".lock", timeout=0, busy=busy)
+        for part in (folder, masks):
+            remove_leftovers(part)
+        for name in ("metrics.json", "robustness.json", "robustness.csv", "robustness.png"):
+            (folder / name).unlink(missing_ok=True)
+        listed = folder / ".masks.json"
+        for name in read_json(listed)["images"] if listed.exists() else ():
+            for suffix in MASK_SUFFIXES:
+                (masks / fit_name(name, f"{suffix}.png")).unlink(missing_ok=True)
+        write_json(listed, {"images": list(names)})
+    except OSError as error:
+        raise InputError(f"cannot write the results in {folder}: {error}. Choose another --out") from error
+    return lock
+
+
 def score(test: ModelTest) -> str:
     """Score a segmenter, with masks/, confusion.png and predictions.png; returns the text of `ModelTest.write`."""
     class_table, records, out = test.test_set.class_table, test.test_set.records, test.config.results
@@ -212,7 +248,7 @@ def score(test: ModelTest) -> str:
     save_figure(plot_confusion(evaluation.total.counts.numpy(), class_table.names, test.note), out / "confusion.png")
     rows = []
     for place, index in pick_examples(evaluation.image_iou):
-        mask = out / "masks" / f"{records[index].name}.png"
+        mask = out / "masks" / fit_name(records[index].name, ".png")
         photo, label, prediction = example_arrays(records[index], mask, test.config.score_size)
         caption = f"{place}: {records[index].name}\nmean IoU {evaluation.image_iou[index]:.2f}"
         rows.append((caption, [photo, class_table.overlay(photo, label), class_table.overlay(photo, prediction)]))
@@ -241,7 +277,8 @@ def run_test(
     with autocast(device, precision):
         if config.images:
             point = getattr(config, "point", None)  # of a prompted model
-            text = predict_photographs(Predictor(model, checkpoint), config.images, config.results, point)
+            options = {"point": point, "overwrite": config.overwrite}
+            text = predict_photographs(Predictor(model, checkpoint), config.images, config.results, **options)
         else:
             test_set = make_test_set(config, checkpoint["config"]["image_size"])
             text = scoring(ModelTest(model, checkpoint, test_set, config, device, precision))

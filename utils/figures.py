@@ -1,9 +1,11 @@
 """What all figures share: saving, grids of pictures, and the legend and line styles of the classes."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -12,6 +14,10 @@ from matplotlib.patches import Patch
 
 from utils.dataset import IGNORE, ClassTable
 from utils.files import atomic_path
+
+matplotlib.rcParams["text.parse_math"] = False  # "$" in the name of a file is no formula
+# A name in a script that the font lacks is shown as boxes; a warning per letter would bury the scores.
+warnings.filterwarnings("ignore", message="Glyph .* missing from font")
 
 
 def save_figure(figure: Figure, path: Path, *, pdf: bool = False) -> None:

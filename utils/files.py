@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import hashlib
 import io
 import json
 import os
@@ -23,20 +24,26 @@ class InputError(Exception):
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`. It replaces `path` when the block succeeds and is removed when it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name[:200]}.{os.getpid()}{time.time_ns()}.tmp")  # unique across machines
+    name = os.fsencode(path.name)[:200].decode(errors="ignore")  # a file name has at most 255 bytes on most systems
+    temporary = path.with_name(f".{name}.{os.getpid()}{time.time_ns()}.tmp")  # unique across machines
     try:
         yield temporary
         temporary.replace(path)
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, str(temporary)):
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error  # writing names no file
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # of the unfinished file; the error that left it unfinished is the one to report
+            temporary.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: Path, *, idle_seconds: float = 0) -> None:
-    """Delete temporary files of `atomic_path` that killed processes left in `folder`, if older than `idle_seconds`."""
+def remove_leftovers(folder: Path) -> None:
+    """Delete temporary files of `atomic_path` that killed processes left in `folder`. Call it under the folder's lock,
+    because a living process may still write to them."""
     for path in folder.glob(".*.tmp"):
-        with suppress(FileNotFoundError):  # another process may have finished it in the meantime
-            if re.fullmatch(r"\..+\.\d+\.tmp", path.name) and time.time() - path.stat().st_mtime >= idle_seconds:
-                path.unlink()
+        if re.fullmatch(r"\..+\.\d+\.tmp", path.name):
+            path.unlink(missing_ok=True)
 
 
 def acquire_lock(path: Path, *, timeout: float = -1, busy: str = "") -> ExitStack:
@@ -62,6 +69,16 @@ def acquire_lock(path: Path, *, timeout: float = -1, busy: str = "") -> ExitStac
     return held
 
 
+def fit_name(stem: str, ending: str) -> str:
+    """`stem` + `ending`; a stem that makes a file name longer than 255 bytes is cut, and gets a hash of the whole."""
+    room = 255 - len(os.fsencode(ending))
+    name = os.fsencode(stem)
+    if len(name) > room:
+        digest = hashlib.sha256(name).hexdigest()[:8]
+        stem = f"{name[: room - 9].decode(errors='ignore')}~{digest}"
+    return stem + ending
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write `content` atomically."""
     with atomic_path(path) as temporary:
@@ -74,11 +91,14 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON file. InputError names a file that is not JSON."""
+    """Read a JSON file that holds an object. InputError names a file that does not."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, expected an object")
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON ({error}): restore it from a copy, or use another folder") from None
+    return content
 
 
 def format_csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
@@ -89,6 +109,9 @@ def format_csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file with a header line, as dicts of strings."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    """The rows of a CSV file with a header line, as dicts of strings. InputError names a file that is not CSV."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} is not CSV in UTF-8 ({error}): restore it from a copy, or make it again") from None

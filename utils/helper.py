@@ -1,5 +1,6 @@
 """Checkpoints: save them, load them, rebuild a model from one; and the environment that a run was made in."""
 
+import errno
 import os
 import pickle
 import platform
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from utils.dataset import PETS, ClassTable
 from utils.distributed import world_size
 from utils.files import InputError, atomic_path
-from utils.machine import usable_cores
+from utils.machine import is_out_of_memory, usable_cores
 
 
 def model_state(model: nn.Module) -> dict[str, Tensor]:
@@ -65,11 +66,23 @@ def load_checkpoint(path: Path, model_name: str | None = None, *, default_classe
         if not zipfile.is_zipfile(path):
             raise InputError(f"{path} is truncated or not a checkpoint; use another, or train again") from error
         raise InputError(f"{path} holds more than tensors and plain values and could execute code: refused") from error
+    except MemoryError:
+        raise
     except Exception as error:  # a damaged archive fails in many ways: RuntimeError, EOFError, KeyError, ...
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # the machine's trouble
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
         raise InputError(f"{path} is truncated or not a checkpoint ({error}); use another, or train again") from error
     parts = ("model", "model_args", "config")
     if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(part), dict) for part in parts):
         raise InputError(f"{path} is not a checkpoint of this repository (it has no model, model_args and config)")
+    numbers = {
+        "epoch": checkpoint.get("epoch"),
+        **{key: checkpoint["config"].get(key) for key in ("image_size", "seed")},
+    }
+    if wrong := [f"{name} {value!r}" for name, value in numbers.items() if not isinstance(value, int)]:
+        raise InputError(f"{path} is damaged or not of this repository: {', '.join(wrong)} should be a whole number")
+    if not all(isinstance(value, Tensor) for value in checkpoint["model"].values()):
+        raise InputError(f"{path} is damaged or not of this repository: its weights are not all tensors")
     found = checkpoint.get("model_name")
     if found is None or (model_name is not None and found != model_name):
         raise InputError(f"{path} holds a {found} model, expected {model_name}")
@@ -79,6 +92,32 @@ def load_checkpoint(path: Path, model_name: str | None = None, *, default_classe
     except (TypeError, KeyError, InputError) as error:
         raise InputError(f"{path} has a class table that this version cannot read: {error}") from error
     return checkpoint
+
+
+def find_difference(value: Any, expected: Any, place: str = "") -> str:
+    """The first part of `value` whose type, shape or keys are not as in `expected`, as text; "" if there is none.
+
+    Numbers may differ, but not be NaN, and an int may stand for a float. Dicts may have further keys.
+    """
+    name = place.lstrip(".") or "it"
+    if isinstance(expected, Tensor):
+        wanted = f"a tensor {tuple(expected.shape)} of {expected.dtype}"
+        found = f"a tensor {tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else repr(value)
+        return "" if found == wanted else f"{name} is {found[:80]}, expected {wanted}"
+    kind = int | float if type(expected) is float else type(expected)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool) or value != value:  # NaN
+        return f"{name} is {repr(value)[:80]}, expected a {type(expected).__name__}"
+    if isinstance(expected, dict):
+        if missing := [key for key in expected if key not in value]:
+            return f"{name} has no {missing[0]}"
+        pairs = [(key, value[key], expected[key]) for key in expected]
+    elif isinstance(expected, list | tuple):
+        if expected and len(value) != len(expected):  # an empty one stands for any
+            return f"{name} has {len(value)} entries, expected {len(expected)}"
+        pairs = [(number, *pair) for number, pair in enumerate(zip(value, expected))]
+    else:
+        return ""
+    return next(filter(None, (find_difference(one, other, f"{place}.{key}") for key, one, other in pairs)), "")
 
 
 def class_table_of(checkpoint: dict[str, Any]) -> ClassTable:
@@ -94,7 +133,9 @@ def restore_model(
     try:
         model = build(**checkpoint["model_args"])
         load_model_state(model, checkpoint["model"])
-    except (TypeError, RuntimeError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:  # model_args of another version
+        if is_out_of_memory(error):
+            raise
         raise InputError(f"{path} does not fit {getattr(build, '__name__', model_name)}: {str(error)[:300]}") from error
     return model.to(device, memory_format=torch.channels_last).eval(), checkpoint
 

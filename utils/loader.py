@@ -1,9 +1,12 @@
 """From a data set to batches: the sampler, the loader, and batches on the device."""
 
+import logging
 import math
 import os
+import shutil
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -12,7 +15,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from utils.distributed import rank, world_size
-from utils.machine import default_workers
+from utils.files import InputError
+from utils.machine import default_workers, processes_here
+
+log = logging.getLogger(__name__)
+
+SHARED_MEMORY = Path("/dev/shm")  # of Linux, where loader workers put their batches
+BATCHES_PER_WORKER = 3  # two that PyTorch prefetches, and one in use
 
 
 class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
@@ -58,8 +67,34 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
                     yield [(self.epoch, int(sample)) for sample in part]
 
 
+class Caught(Dataset):
+    """A data set whose errors are returned as items, so that they cross from a worker process as they are: PyTorch
+    would wrap them in a traceback of twenty lines. `Loader` raises them."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, key: Any) -> Any:
+        try:
+            return self.dataset[key]
+        except (InputError, OSError, MemoryError) as error:
+            return error
+
+
+class Loader(DataLoader):
+    """A DataLoader that raises the errors of its data set without those of the worker process around them."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch in super().__iter__():
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
+
+
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stack tensors; labels at their own sizes and names become lists."""
+    """Stack tensors; labels at their own sizes and names become lists. An error among the items is the result."""
+    if error := next((item for item in items if isinstance(item, Exception)), None):
+        return error
     columns = {key: [item[key] for item in items] for key in items[0]}
     return {key: torch.stack(values) if torch.is_tensor(values[0]) else values for key, values in columns.items()}
 
@@ -71,6 +106,25 @@ def _start_worker(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+def limit_workers(workers: int, dataset: Dataset, sampler: EpochBatchSampler) -> int:
+    """The workers whose batches fit in the shared memory through which they reach this process, at most `workers`.
+
+    Docker gives a container 64 MB of it; a worker that finds it full dies, and the training would wait forever.
+    """
+    if not SHARED_MEMORY.is_dir():
+        return workers
+    item = dataset[0]
+    images = max(math.ceil(size / count / sampler.world_size) for size, count in sampler.batches() if count)
+    batch = 1 + images * sum(value.nbytes for value in item.values() if torch.is_tensor(value))
+    free = shutil.disk_usage(SHARED_MEMORY).free // processes_here()
+    fitting = free // (BATCHES_PER_WORKER * batch)
+    if fitting < workers:
+        needed = f"{workers} workers need {math.ceil(workers * BATCHES_PER_WORKER * batch / 1e6)} MB"
+        hint = "Docker: docker run --shm-size 2g, or --ipc=host"
+        log.warning("%s has %d MB free, %s: using %d (%s)", SHARED_MEMORY, free / 1e6, needed, fitting, hint)
+    return min(workers, fitting)
+
+
 def make_loader(dataset: Dataset, sampler: EpochBatchSampler, workers: int | None, device: torch.device) -> DataLoader:
     """A DataLoader over the sampler's micro-batches for a model on `device`, with `--workers`.
 
@@ -78,11 +132,13 @@ def make_loader(dataset: Dataset, sampler: EpochBatchSampler, workers: int | Non
     """
     workers = default_workers(device.type) if workers is None else workers
     workers = min(workers, len(sampler), os.cpu_count() or 1)
+    if workers:
+        workers = limit_workers(workers, dataset, sampler)
     if not workers:
         threads = torch.get_num_threads()
         cv2.setNumThreads(threads if threads > 1 else 0)  # 0: no pool of threads; with 1 a forked process can hang
-    return DataLoader(
-        dataset,
+    return Loader(
+        Caught(dataset),
         batch_sampler=sampler,
         num_workers=workers,
         collate_fn=collate,

@@ -1,4 +1,4 @@
-"""What this machine gives to a process: its cores, and memory that it may keep. Nothing heavy is imported here."""
+"""What this machine gives to a process: its cores and its memory. Nothing heavy is imported here."""
 
 import ctypes
 import os
@@ -20,6 +20,14 @@ def keep_freed_memory() -> None:
         return
     libc.mallopt(M_MMAP_MAX, 0)  # no mappings of their own for large blocks, which end when the block is freed
     libc.mallopt(M_TRIM_THRESHOLD, -1)  # no return of free memory at the end of the heap
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was too short, of the machine or of a GPU: NumPy and PyTorch raise different errors."""
+    texts = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    )
 
 
 def usable_cores() -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.dataset import IGNORE
-from utils.distributed import all_reduce_sum
+from utils.distributed import all_gather_objects, all_reduce_sum
 from utils.loader import prepare_batch
 
 
@@ -99,16 +99,18 @@ def _or_none(value: float) -> float | None:
 def validate(
     model: nn.Module, step: Callable, loader: Iterable[dict[str, Any]], device: torch.device, class_names: Sequence[str]
 ) -> tuple[float, ConfusionMatrix]:
-    """Mean loss per image and confusion matrix (empty for a step without logits) over `loader`, summed over ranks."""
+    """Loss and confusion matrix (empty for a step without logits) of all images of `loader`, summed over ranks."""
     model.eval()
-    confusion = ConfusionMatrix(class_names)
-    # Loss and images, summed on the device: reading a number from it would make it wait. (Apple's has no float64.)
-    totals = torch.zeros(2, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    confusion, sums, formula = ConfusionMatrix(class_names), 0, None
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
     for batch in loader:
-        batch = prepare_batch(batch, device)
-        output = step(model, batch)
-        totals += torch.stack([output.loss, torch.ones_like(output.loss)]) * len(batch["image"])
+        output = step(model, prepare_batch(batch, device))
+        sums += output.loss.sums.to(dtype)  # on the device: reading a number from it would make it wait
+        formula = output.loss.formula
         if output.logits is not None:
             confusion.update(logits_to_classes(output.logits), output.target)
-    loss, images = all_reduce_sum(totals).tolist()
-    return loss / images, ConfusionMatrix(class_names, all_reduce_sum(confusion.counts.to(device)).cpu())
+    # A rank may have no image.
+    parts = all_gather_objects([sums.tolist()] if formula else [])
+    losses = [formula(torch.tensor(parts, dtype=torch.float64).sum(dim=0)).item()] if formula else []
+    (loss, *_) = all_gather_objects(losses)
+    return loss, ConfusionMatrix(class_names, all_reduce_sum(confusion.counts.to(device)).cpu())

@@ -1,6 +1,6 @@
 """Masks of photographs: `Predictor` converts between a photograph's pixels and a model's, for every model."""
 
-import itertools
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,11 +14,14 @@ from tqdm import tqdm
 
 from utils.dataset import ClassTable
 from utils.distributed import all_gather_objects, rank, world_size
-from utils.files import InputError, atomic_path
+from utils.files import InputError, acquire_lock, atomic_path, fit_name, format_csv, read_csv, write_bytes
 from utils.helper import class_table_of
 from utils.image import find_pictures, load_picture, rescale_point, resize_image, to_rgb
 from utils.loader import prepare_batch
+from utils.machine import is_out_of_memory
 from utils.metric import logits_to_classes
+
+JPEG_EDGE = 65_500  # the largest width or height of a JPEG, in pixels
 
 
 def resize_logits(logits: Tensor, size: Sequence[int]) -> Tensor:
@@ -107,12 +110,19 @@ def save_mask(path: Path, classes: np.ndarray, class_table: ClassTable) -> None:
 
 
 def predict_photographs(
-    predictor: Predictor, paths: Sequence[Path], out: Path, point: tuple[float, float] | None = None
+    predictor: Predictor,
+    paths: Sequence[Path],
+    out: Path,
+    point: tuple[float, float] | None = None,
+    *,
+    overwrite: bool = False,
 ) -> str:
     """Write NAME_mask.png (indexed) and NAME_overlay.jpg of photographs, files or folders, to `out`; returns a summary.
 
-    Photographs are rotated upright (EXIF); the ranks share them. A prompted model gets the same click `point` (x, y) on
-    each. Photographs that cannot be read are named in an InputError after the others are done.
+    The tree below a given folder is kept below `out`, where index.csv names the photograph of each mask. Photographs
+    are rotated upright (EXIF); the ranks share them. A prompted model gets the same click `point` (x, y) on each.
+    Photographs that cannot be read, or whose mask would replace that of another one (unless `overwrite`), are named in
+    an InputError after the others are done.
     """
     if predictor.prompted and point is None:
         raise InputError("this model is prompted by a click: give one as --point X,Y")
@@ -121,31 +131,87 @@ def predict_photographs(
     folder = out.resolve()
     if inside := [path for path in paths if folder in (path.resolve(), *path.resolve().parents)]:
         raise InputError(f"{inside[0]} is in {out}, where the masks would be written; choose another --out")
-    pictures = [path for path in find_pictures(paths) if folder not in path.resolve().parents]
-    problems: list[str] = []
-    share = list(zip(pictures, distinct_stems(pictures)))[rank() :: world_size()]
-    for path, stem in tqdm(share, desc="segment", unit="image", leave=False, disable=rank() != 0):
+    found = find_pictures(paths)
+    files = [pair for pair in found.files if folder not in pair[0].resolve().parents]
+    found.passed_over.update({f"file in {out}": len(found.files) - len(files)} if files != found.files else {})
+    notes = [line for line in (found.format_passed_over(),) if line]
+    if not files:
+        raise InputError("\n".join([f"no picture in {', '.join(map(str, paths))}", *notes, *found.problems]))
+    (claims,) = all_gather_objects([claim_masks(files, out, overwrite)] if rank() == 0 else [])
+    share = list(claims.masks.items())[rank() :: world_size()]
+    failed: dict[Path, str] = {}  # mask -> the reason that it is not there
+    for mask, photograph in tqdm(share, desc="segment", unit="image", leave=False, disable=rank() != 0):
         try:
-            predictor.set_image(path)
-            mask = predictor.predict([point] if point else None).mask
-        except InputError as error:
-            problems.append(str(error) if str(path) in str(error) else f"{path}: {error}")
+            predictor.set_image(photograph)
+            classes = predictor.predict([point] if point else None).mask
+        except (InputError, OSError, MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+                raise
+            reason = "does not fit in memory; scale it down" if isinstance(error, RuntimeError) else str(error)
+            failed[mask] = reason if str(photograph) in reason else f"{photograph}: {reason}"
             continue
-        save_mask(out / f"{stem}_mask.png", mask, predictor.class_table)
-        with atomic_path(out / f"{stem}_overlay.jpg") as temporary:
-            overlaid = predictor.class_table.overlay(np.asarray(predictor.picture), mask)
-            Image.fromarray(overlaid).save(temporary, "JPEG", quality=92)
-    problems = all_gather_objects(problems)
-    summary = f"{len(pictures) - len(problems)} pictures segmented: {out}"
+        save_mask(out / mask, classes, predictor.class_table)
+        overlaid = Image.fromarray(predictor.class_table.overlay(np.asarray(predictor.picture), classes))
+        kind = "jpg" if max(overlaid.size) <= JPEG_EDGE else "png"
+        with atomic_path(out / mask.with_name(f"{mask.name.removesuffix('_mask.png')}_overlay.{kind}")) as temporary:
+            overlaid.save(temporary, "JPEG" if kind == "jpg" else "PNG", **{"quality": 92} if kind == "jpg" else {})
+    failed = dict(all_gather_objects(list(failed.items())))
+    if rank() == 0 and failed:
+        with acquire_lock(out / ".lock"):
+            write_index(out, {mask: photo for mask, photo in read_index(out).items() if mask not in failed})
+    problems = [*found.problems, *claims.refused, *failed.values()]
+    summary = "\n".join([f"{len(claims.masks) - len(failed)} pictures segmented: {out}", *notes])
     if problems:
         raise InputError(f"{summary}\ncould not be segmented:\n  " + "\n  ".join(problems))
     return summary
 
 
-def distinct_stems(paths: Sequence[Path]) -> list[str]:
-    """The stem of each path, with a number appended if an earlier path has the same: cat.jpg, cat.png -> cat, cat-2."""
-    stems: dict[str, Path] = {}
-    for path in paths:
-        names = itertools.chain([path.stem], (f"{path.stem}-{copy}" for copy in itertools.count(2)))
-        stems[next(name for name in names if name not in stems)] = path
-    return list(stems)
+class Claims(NamedTuple):
+    """The masks that a call writes."""
+
+    masks: dict[Path, Path]  # mask below the output folder -> photograph
+    refused: list[str]  # photographs whose mask would replace that of another one
+
+
+def claim_masks(files: Sequence[tuple[Path, Path]], out: Path, overwrite: bool) -> Claims:
+    """Name the mask of each file (photograph, its path below the given folder), and add them to the index of `out`.
+
+    A mask has its photograph's name without suffix, or with it where two photographs differ only in the suffix. The
+    index holds a mask before it is written, so that an interrupted call can be repeated.
+    """
+    stems = Counter(below.with_suffix("") for _, below in files)
+    wanted: dict[Path, set[Path]] = {}
+    for photograph, below in files:
+        stem = below.stem if stems[below.with_suffix("")] == 1 else below.name
+        name = fit_name(stem, "_overlay.jpg").removesuffix("_overlay.jpg")
+        wanted.setdefault(below.with_name(f"{name}_mask.png"), set()).add(photograph.resolve())
+    masks, refused = {}, []
+    with acquire_lock(out / ".lock"):
+        index = read_index(out)
+        for mask, photographs in wanted.items():
+            (first, *others), owner = sorted(photographs), index.get(mask)
+            if others:
+                hint = "give them in two calls, with another --out each"
+                refused.append(f"{first} and {others[0]} would both be {out / mask}: {hint}")
+            elif (out / mask).exists() and owner != first and not overwrite:
+                whose = f"the mask of {owner}" if owner else "there already, perhaps of another photograph"
+                refused.append(f"{first}: {out / mask} is {whose}: choose another --out, or add --overwrite")
+            else:
+                masks[mask] = first
+        write_index(out, index | masks)
+    return Claims(masks, refused)
+
+
+def read_index(out: Path) -> dict[Path, Path]:
+    """The photograph of each mask in `out`, from its index.csv."""
+    path = out / "index.csv"
+    rows = read_csv(path) if path.exists() else []
+    if any(set(row) != {"mask", "photograph"} or None in row.values() for row in rows):
+        raise InputError(f"{path} was not written by predict.py: choose another --out")
+    return {Path(row["mask"]): Path(row["photograph"]) for row in rows}
+
+
+def write_index(out: Path, masks: dict[Path, Path]) -> None:
+    """Write index.csv, a row per mask in `out`."""
+    rows = sorted((mask.as_posix(), str(photograph)) for mask, photograph in masks.items())
+    write_bytes(out / "index.csv", format_csv(["mask", "photograph"], rows))

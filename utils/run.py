@@ -21,7 +21,14 @@ from utils.dataset import ClassTable
 from utils.distributed import init_distributed, pick_precision
 from utils.figures import class_styles, save_figure
 from utils.files import InputError, acquire_lock, read_json, remove_leftovers, write_json
-from utils.helper import describe_environment, load_checkpoint, load_model_state, model_state, save_checkpoint
+from utils.helper import (
+    describe_environment,
+    find_difference,
+    load_checkpoint,
+    load_model_state,
+    model_state,
+    save_checkpoint,
+)
 from utils.train import EarlyStopping, TrainingLog
 
 log = logging.getLogger(__name__)
@@ -45,10 +52,14 @@ def start_run(config: TrainConfig, model_name: str) -> "Run":
 
 def refuse_another_run(config: TrainConfig) -> None:
     """InputError when `config.out` holds a run that is not to be resumed."""
-    found = [name for name in ("config.json", "last.pt", "best.pt", "log.csv") if (config.out / name).exists()]
+    found = [name for name in ("config.json", "last.pt", "best.pt", "log.csv") if _has_content(config.out / name)]
     if found and not config.resume:
         hint = "continue it with --resume, or choose another --out"
         raise InputError(f"{config.out} holds another run ({', '.join(found)}): {hint}")
+
+
+def _has_content(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0  # an empty one: the machine failed before anything was saved
 
 
 def lock_folder(folder: Path) -> ExitStack:
@@ -68,6 +79,7 @@ class Run:
         self.folder, self.device, self.is_main = config.out, accelerator.device, accelerator.is_main_process
         self.epoch, self.best_loss = 0, math.inf
         self.log: TrainingLog | None = None
+        self.settings: dict[str, dict[str, Any]] = {}  # the content of config.json and split.json
 
     def open(
         self, model: nn.Module, optimizer: Any, stopping: EarlyStopping, model_args: dict, train_set: Any, val_set: Any
@@ -90,39 +102,71 @@ class Run:
             if saved.get("precision", self.precision) != self.precision:  # --precision auto on another machine
                 log.warning("%s: trained in %s, continues in %s", self.folder, saved["precision"], self.precision)
             details = {"class_table": self.class_table.as_plain_dict(), "environment": environment}
-            write_json(self.folder / "config.json", {**as_plain_dict(self.config), "model_args": model_args, **details})
-            write_json(self.folder / "split.json", split)
+            content = {**as_plain_dict(self.config), "model_args": model_args, **details}
+            self.settings = {"config.json": content, "split.json": split}
+            self._write_settings()
             self.log = TrainingLog(self.folder, last["log"] if last else ())
             if last is None:
                 self._save_last({})  # so that a run interrupted in its first epoch can be resumed
 
     def _restore(self, split: dict[str, list[str]]) -> dict[str, Any] | None:
-        """Continue from last.pt; returns its content, or None when the run was killed before it was written."""
+        """Continue from last.pt; returns its content, or None when nothing was saved yet.
+
+        InputError when last.pt is missing although an epoch was saved, or holds other parts than this run.
+        """
         saved_split, path = self.folder / "split.json", self.folder / "last.pt"
         if saved_split.exists() and read_json(saved_split) != split:
             raise InputError(f"--resume: {self.folder} was started with other images than those of {self.config.data}")
         if not path.exists():
+            if found := [name for name in ("best.pt", "log.csv") if _has_content(self.folder / name)]:
+                hint = "put it back, or start a new run with another --out"
+                raise InputError(f"--resume: {path} is missing beside {' and '.join(found)}: {hint}")
             return None
         last = load_checkpoint(path, self.model_name)
         if "optimizer" not in last:
             raise InputError(f"{path} cannot be resumed: it has no optimizer (is it a copy of best.pt?)")
         if last["model_args"] != self.model_args:
             raise InputError(f"--resume: {path} holds {last['model_args']}, expected {self.model_args}")
+        self._check(path, last)
         load_model_state(self.model, last["model"])
-        self.optimizer.load_state_dict(last["optimizer"])
+        groups = self.optimizer.state_dict()["param_groups"]  # this run's own settings; `fit` sets the learning rate
+        self.optimizer.load_state_dict({"state": last["optimizer"]["state"], "param_groups": groups})
         self.stopping.load_state_dict(last["stopping"])
         set_random_state(last["random_state"])
         if self.accelerator.scaler is not None and last["scaler"]:
             self.accelerator.scaler.load_state_dict(last["scaler"])
         self.epoch, self.best_loss = last["epoch"], last["best_loss"]
+        if self.is_main and self.epoch and not (self.folder / "best.pt").exists():
+            log.warning("%s is missing: the best of the following epochs is saved there", self.folder / "best.pt")
+            self.best_loss = math.inf
         log.info("%s: continuing after epoch %d", self.folder, self.epoch)
         return last
+
+    def _check(self, path: Path, last: dict[str, Any]) -> None:
+        """InputError when a part of last.pt has another type, shape or key than this run's state.
+
+        PyTorch would load some of them and fail later; a fused Adam with moments of other shapes even writes to memory
+        that is not its own.
+        """
+        expected = self._state()
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        moments = [{"step": torch.zeros(()), "exp_avg": one, "exp_avg_sq": one} for one in parameters]
+        expected["optimizer"] = {"state": dict(enumerate(moments)) if last["epoch"] else {}}
+        expected["random_state"]["cuda"] = []  # of any length: the run may have been on another machine
+        if not expected["scaler"] or not last.get("scaler"):  # only fp16 has one
+            expected.pop("scaler")
+        expected["log"] = [{"epoch": 1, "train_loss": 1.0, "val_loss": 1.0}] * last["epoch"]
+        if problem := find_difference(last, expected):
+            raise InputError(f"{path} cannot be resumed: {problem}. Put an intact copy back, or use another --out")
 
     def save(self, row: dict[str, float], scores: dict[str, Any]) -> None:
         """Save an epoch: its `row` of the log, last.pt, and best.pt if its validation loss is the lowest so far."""
         self.epoch = row["epoch"]
         if not self.is_main:
             return
+        if not (self.folder / "config.json").exists():
+            log.warning("%s was deleted during the training: it is made again", self.folder)
+            self._write_settings()
         scores = {"val_loss": row["val_loss"], **scores}
         if row["val_loss"] < self.best_loss:
             self.best_loss = row["val_loss"]
@@ -144,17 +188,25 @@ class Run:
             "scores": scores,
         }
 
-    def _save_last(self, scores: dict[str, Any]) -> None:
+    def _state(self) -> dict[str, Any]:
+        """The parts of last.pt that a resumed run continues from, besides the log."""
         scaler = self.accelerator.scaler
-        state = {
+        return {
+            "model": model_state(self.model),
+            "epoch": self.epoch,
             "optimizer": self.optimizer.state_dict(),
             "stopping": self.stopping.state_dict(),
             "random_state": random_state(),
             "scaler": scaler.state_dict() if scaler else {},
-            "log": self.log.rows,
             "best_loss": self.best_loss,
         }
-        save_checkpoint(self.folder / "last.pt", self._checkpoint(scores) | state)
+
+    def _save_last(self, scores: dict[str, Any]) -> None:
+        save_checkpoint(self.folder / "last.pt", self._checkpoint(scores) | self._state() | {"log": self.log.rows})
+
+    def _write_settings(self) -> None:
+        for name, content in self.settings.items():
+            write_json(self.folder / name, content)
 
     def close(self) -> None:
         """Close the log, draw curves.png, release the lock."""

@@ -20,6 +20,7 @@ from utils.config import TrainConfig
 from utils.distributed import all_gather_objects, all_reduce_sum, world_size
 from utils.files import InputError, format_csv, write_bytes
 from utils.loader import EpochBatchSampler, collate, make_loader, prepare_batch
+from utils.loss import LossSums
 from utils.metric import validate
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 class StepOutput(NamedTuple):
     """The result of `step(model, batch)`: the loss to minimize, and logits and target to score (None: not scored)."""
 
-    loss: Tensor  # scalar
+    loss: LossSums
     logits: Tensor | None = None  # (B, C, H, W)
     target: Tensor | None = None  # (B, H, W), 255 = ignored
 
@@ -133,9 +134,10 @@ def fit(
     finally:
         run.close()
     if run.log is not None:
-        best = min(run.log.rows, key=lambda row: row["val_loss"])
         reason = "the validation loss no longer improves" if stopping.should_stop else "all epochs done"
-        log.info(f"{reason}. Best epoch {best['epoch']} (val_loss {best['val_loss']:.4f}): {run.folder / 'best.pt'}")
+        best = next((row for row in run.log.rows if row["val_loss"] == run.best_loss), None)
+        found = f"Best epoch {best['epoch']} (val_loss {best['val_loss']:.4f}):" if best else "There is no"
+        log.info(f"{reason}. {found} {run.folder / 'best.pt'}")
     accelerator.wait_for_everyone()  # a second stage reads the files that rank 0 wrote
 
 
@@ -171,8 +173,8 @@ def make_loaders(
 def find_micro_batch_size(model: nn.Module, step: Step, train_set: Dataset, run: "Run") -> int:
     """A rank's share of a batch in images, halved until a step on a copy of the model fits in the GPU's memory.
 
-    All ranks return the smallest result. The images of an optimizer step stay the same; only batch-norm statistics and
-    the denominators of the loss depend on the micro-batch size.
+    All ranks return the smallest result. The images of an optimizer step stay the same; only batch-norm statistics
+    depend on the micro-batch size.
     """
     if run.device.type == "cpu":  # running out of memory kills the process there, so there is nothing to try
         raise InputError("--micro-batch-size auto needs a GPU: on a CPU give a number, or leave it out")
@@ -196,7 +198,7 @@ def step_fits(model: nn.Module, step: Step, train_set: Dataset, run: "Run", size
         probe = copy.deepcopy(model).to(run.device, memory_format=torch.channels_last).train()
         optimizer = torch.optim.Adam([parameter for parameter in probe.parameters() if parameter.requires_grad])
         with run.accelerator.autocast():
-            loss = step(probe, prepare_batch(batch, run.device)).loss
+            loss = step(probe, prepare_batch(batch, run.device)).loss.value
         loss.backward()
         optimizer.step()
     except RuntimeError as error:
@@ -227,28 +229,38 @@ def train_one_epoch(
 ) -> tuple[float, dict[str, float]]:
     """One pass over `loader`; returns the mean loss per image over all ranks, and further columns of the log.
 
-    The gradient of a step is the mean over all images of its batch: each micro-batch is weighted by its size.
+    The gradient of a step is that of the loss of its whole batch. If this is the mean of the images' losses, each
+    micro-batch is weighted by its size. Otherwise the loss depends on sums over the whole batch (`sum_losses`); each
+    micro-batch contributes the gradient of its own part of the sums.
     """
-    accelerator, sampler = run.accelerator, loader.batch_sampler
+    accelerator, sampler, ranks = run.accelerator, loader.batch_sampler, run.accelerator.num_processes
     model.train()
     sampler.set_epoch(epoch)
     loss_sum, images, began = torch.zeros((), device=run.device), 0, time.perf_counter()
     title = f"{run.folder.name}: epoch {epoch}/{run.config.epochs}"
-    micro_batches = iter(loader)
+    micro_batches, per_image = iter(loader), False
     with tqdm(total=sampler.samples, desc=title, unit="image", leave=False, disable=not run.is_main) as bar:
         for batch_size, count in sampler.batches():
             optimizer.zero_grad()
-            for number in range(1, count + 1):
-                batch = prepare_batch(next(micro_batches), run.device)
+            batches, total = [next(micro_batches) for _ in range(count)], None
+            if count > 1 and not per_image:
+                total = sum_losses(accelerator.unwrap_model(model), step, batches, run.device)
+            for number, batch in enumerate(batches, start=1):
+                batch = prepare_batch(batch, run.device)
                 size = len(batch["image"])
                 with nullcontext() if number == count else accelerator.no_sync(model):
-                    output = step(model, batch)
+                    sums, formula, per_image = step(model, batch).loss
+                    if per_image:
+                        loss, weight = formula(sums), size / batch_size
+                    else:
+                        total = all_reduce_sum(sums.detach()) if total is None else total
+                        loss, weight = formula(sums + (total - sums.detach())), 1
                     # Gradients are averaged over the ranks, so each loss is scaled by their number.
-                    accelerator.backward(output.loss * (size * accelerator.num_processes / batch_size))
-                loss_sum += output.loss.detach() * size
+                    accelerator.backward(loss * (weight * ranks))
+                loss_sum += loss.detach() * size
                 images += size
                 # The bar redraws at most ten times a second. Only then is the loss read, which waits for the device.
-                if bar.update(size * accelerator.num_processes):
+                if bar.update(size * ranks):
                     check_finite(loss_sum.item(), f"training loss in epoch {epoch}", run.config)
                     bar.set_postfix(loss=f"{loss_sum.item() / images:.4f}", refresh=False)
             optimizer.step()
@@ -256,6 +268,22 @@ def train_one_epoch(
     check_finite(total_loss, f"training loss in epoch {epoch}", run.config)
     seconds = time.perf_counter() - began
     return total_loss / total_images, {"images_per_second": total_images / seconds, "seconds": seconds}
+
+
+@torch.no_grad()
+def sum_losses(model: nn.Module, step: Step, batches: Sequence[dict[str, Any]], device: torch.device) -> Tensor | None:
+    """The sums of the loss over the micro-batches of an optimizer step and over all ranks, by forward passes that leave
+    the batch-norm statistics as they were; None for a loss that is a mean over images."""
+    before, total = [buffer.clone() for buffer in model.buffers()], 0
+    for batch in batches:
+        loss = step(model, prepare_batch(batch, device)).loss
+        if loss.per_image:
+            total = None
+            break
+        total += loss.sums
+    for buffer, saved in zip(model.buffers(), before):
+        buffer.copy_(saved)
+    return None if total is None else all_reduce_sum(total)
 
 
 def check_finite(loss: float, name: str, config: TrainConfig) -> None:

@@ -95,7 +95,7 @@ def test_an_incomplete_cache_is_never_read_and_errors_of_writing_are_told(base, 
     monkeypatch.setattr(cache_module, "resize_mask", fail)
     with pytest.raises(InputError, match=r"cannot write the cache.*No space left"):
         Cache(records, 24)
-    assert all(path.suffix == ".lock" for path in (base / "cache").iterdir())
+    assert all(path.name == ".lock" for path in (base / "cache").iterdir())
     monkeypatch.undo()
     cache = Cache(records, 24)
     assert cache[0][0].any()

@@ -105,7 +105,7 @@ def test_labels_and_overlays_of_the_fourth_class():
     classes = np.array([[0, 1, 2, 3, IGNORE]], np.uint8)
     for mode in ("P", "L", "RGB"):
         np.testing.assert_array_equal(FOUR.decode_label(FOUR.encode_label(classes).convert(mode)), classes, mode)
-        with pytest.raises(InputError, match="1 label pixels belong to no class"):
+        with pytest.raises(InputError, match="1 pixels belong to no class"):
             PETS.decode_label(FOUR.encode_label(classes).convert(mode))
     drawn = FOUR.overlay(np.zeros((1, 5, 3), np.uint8), classes, opacity=1)
     assert [tuple(pixel) for pixel in drawn[0].tolist()] == [(0, 0, 0), *(FOUR.row(v).tint for v in (1, 2, 3, IGNORE))]
@@ -173,7 +173,7 @@ def test_data_are_prepared_again_for_another_table(tmp_path):
     report, fresh = prepare(base, class_table=PETS)
     rabbits = sum(counts["rabbits"] for counts in COUNTS.values())
     assert fresh and len(report["left_out"]) == rabbits
-    assert all("values [3]" in row["reason"] for row in report["left_out"])
+    assert all("belong to no class: 3 (" in row["reason"] for row in report["left_out"])
     assert {record.species for record in find_records(base, "Test")} == {1, 2}
     prepare(base, class_table=FOUR)
     assert len(find_records(base, "Test", class_table=FOUR)) == sum(COUNTS["Test"].values())

@@ -237,7 +237,7 @@ def test_unknown_perturbation_is_refused_before_the_work(prepared, model, tmp_pa
 
 
 def test_photographs_cannot_be_perturbed():
-    with pytest.raises(InputError, match="--perturb scores a split"):
+    with pytest.raises(InputError, match="--perturb is for scoring a split"):
         Config(images=[Path("cat.jpg")], perturb=[])
 
 

@@ -39,8 +39,6 @@ def test_damaged_json_is_named(tmp_path):
 def test_leftovers_of_killed_processes_are_removed(tmp_path):
     (tmp_path / ".last.pt.123.tmp").touch()
     (tmp_path / "last.pt").touch()
-    remove_leftovers(tmp_path, idle_seconds=600)
-    assert len(list(tmp_path.iterdir())) == 2, "another process may still write it"
     remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
 

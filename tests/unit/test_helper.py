@@ -21,10 +21,12 @@ from utils.helper import (
     save_checkpoint,
 )
 
+SETTINGS = {"config": {"image_size": 32, "seed": 0}, "epoch": 1}
+
 
 def checkpoint():
     model_args = {"base_channels": 2}
-    return {"model_name": "unet", "model": UNet(**model_args).state_dict(), "model_args": model_args, "config": {}}
+    return {"model_name": "unet", "model": UNet(**model_args).state_dict(), "model_args": model_args, **SETTINGS}
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")

@@ -1,5 +1,7 @@
 """utils/image.py: opening, converting and resizing pictures, and points that move with them."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -67,16 +69,13 @@ def test_pictures_are_found_by_suffix_below_folders(tmp_path):
     wanted = [f"folder/below.jpg/{number}{suffix.upper()}" for number, suffix in enumerate(sorted(PICTURE_SUFFIXES))]
     for name in (*wanted, "folder/.hidden.png", "folder/notes.txt", "scan"):
         (tmp_path / name).touch()
-    found = list(find_pictures([tmp_path / "scan", tmp_path / "folder"]))
-    assert found[0] == tmp_path / "scan", "a file that is named is taken, whatever its suffix"
-    assert found[1:] == sorted(tmp_path / name for name in wanted)
-
-
-def test_paths_without_a_picture_are_errors(tmp_path):
-    (tmp_path / "notes.txt").touch()
-    for path, message in ((".", r"contains no picture \(\.bmp, .*\.webp\)"), ("nowhere", "nowhere does not exist")):
-        with pytest.raises(InputError, match=message):
-            list(find_pictures([tmp_path / path]))
+    found = find_pictures([tmp_path / "scan", tmp_path / "folder"])
+    assert found.files[0] == (tmp_path / "scan", Path("scan")), "a file that is named is taken, whatever its suffix"
+    below = sorted(Path(name) for name in wanted)
+    assert found.files[1:] == [(tmp_path / name, name.relative_to("folder")) for name in below]
+    assert found.format_passed_over() == "2 passed over: 1 x file with suffix '.txt', 1 x hidden file"
+    assert not find_pictures([tmp_path]).problems
+    assert find_pictures([tmp_path / "nowhere"]).problems == [f"{tmp_path / 'nowhere'}: no such file or folder"]
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "1", "CMYK"])

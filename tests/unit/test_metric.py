@@ -14,7 +14,7 @@ from tests.helpers import CPU, train_config
 from unet.model import UNet
 from utils.dataset import IGNORE, PETS
 from utils.loader import EpochBatchSampler, make_loader
-from utils.loss import SegmentationLoss
+from utils.loss import SegmentationLoss, WeightedLoss, image_mean
 from utils.metric import ConfusionMatrix, logits_to_classes, nan_mean, validate
 from utils.train import StepOutput
 
@@ -127,7 +127,11 @@ def test_validation_loss_is_the_mean_over_all_images(prepared):
 
 
 def test_validation_without_logits_is_not_scored(prepared):
+    def mean_step(_, batch):
+        mean = WeightedLoss("mean", {"mean": image_mean(lambda image, _: image.mean())})
+        return StepOutput(mean(batch["image"], batch["image"]))
+
     _, val_set = make_train_sets(train_config(prepared, prepared))
     loader = make_loader(val_set, EpochBatchSampler(len(val_set), 2, shuffle=False), workers=0, device=CPU)
-    loss, confusion = validate(nn.Identity(), lambda _, batch: StepOutput(batch["image"].mean()), loader, CPU, ["one"])
+    loss, confusion = validate(nn.Identity(), mean_step, loader, CPU, ["one"])
     assert 0 < loss < 1 and not confusion.counts.any()

@@ -46,8 +46,10 @@ def test_unprepared_hidden_lost_and_damaged_files(base):
     assert len(records) == 12, "hidden files are not records"
 
     Image.fromarray(np.full((9, 9), 7, np.uint8)).save(records[0].label)
-    with pytest.raises(InputError, match=rf"{records[0].name}\.png: 81 label pixels belong to no class"):
+    with pytest.raises(InputError, match=rf"{records[0].name}\.png: 81 pixels belong to no class"):
         records[0].load_label()
+    with pytest.raises(InputError, match=rf"{records[0].name}\.png has changed since it was prepared"):
+        find_records(base, "Test")
     (base / "Test/label/cats/Synthetic_cat_2.png").unlink()
     with pytest.raises(InputError, match=r"Synthetic_cat_2\.jpg has no label"):
         find_records(base, "Test")

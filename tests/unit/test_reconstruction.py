@@ -70,7 +70,7 @@ def test_gradients_agree_with_finite_differences(name):
     torch.manual_seed(0)
     target = torch.rand(1, 3, 13, 12, dtype=torch.float64)
     prediction = torch.rand(1, 3, 13, 12, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda image: loss(image, target), (prediction,))
+    assert torch.autograd.gradcheck(lambda image: loss(image, target).value, (prediction,))
 
 
 @pytest.mark.parametrize("name", LOSSES)

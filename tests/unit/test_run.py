@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dataset.pet import make_train_sets
-from tests.helpers import UNET_ARGS, assert_same_weights, segmentation_step, train, train_config
+from tests.helpers import UNET_ARGS, assert_same_weights, scale_loss, segmentation_step, train, train_config
 from unet.model import UNet
 from utils import run as run_module
 from utils.config import as_plain_dict
@@ -66,7 +66,7 @@ def test_worse_epoch_does_not_replace_best(prepared, tmp_path):
 
     def rising(model, batch):
         output = segmentation_step(model, batch)
-        return output._replace(loss=output.loss * next(calls))
+        return scale_loss(output, next(calls))
 
     last = train(prepared, tmp_path, step=rising, epochs=3, patience=0)
     assert last["epoch"] == 3 and load_checkpoint(tmp_path / "best.pt", "unet")["epoch"] == 1

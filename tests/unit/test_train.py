@@ -15,6 +15,7 @@ from tests.helpers import (
     UNET_ARGS,
     assert_same_weights,
     every_pixel_step,
+    scale_loss,
     segmentation_step,
     train,
     train_config,
@@ -123,7 +124,7 @@ def test_loss_that_is_not_finite_ends_the_run(prepared, tmp_path, bad):
 
     def diverging(model, batch):
         output = segmentation_step(model, batch)
-        return output._replace(loss=output.loss * bad) if next(calls) > 6 else output
+        return scale_loss(output, bad) if next(calls) > 6 else output
 
     with pytest.raises(InputError, match=r"loss .* is (nan|inf).*last\.pt holds the last good epoch.*lower --lr"):
         train(prepared, tmp_path, step=diverging, epochs=5, val_fraction=0.1)
@@ -176,7 +177,7 @@ def test_gradient_of_a_step_is_that_of_its_batch(prepared, tmp_path, monkeypatch
     batches = [prepare_batch(batch, CPU) for batch in make_loader(train_set, sampler, workers=0, device=CPU)]
     assert [len(batch["image"]) for batch in batches] == [10, 2] and len(gradients) == 2
     for batch, found in zip(batches, gradients):
-        expected = torch.autograd.grad(every_pixel_step(model, batch).loss, list(model.parameters()))
+        expected = torch.autograd.grad(every_pixel_step(model, batch).loss.value, list(model.parameters()))
         for one, two in zip(found, expected, strict=True):
             torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-4)
 
@@ -198,7 +199,7 @@ def step_with_memory_for(room):
         if len(batch["image"]) > room:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         output = segmentation_step(model, batch)
-        return output._replace(loss=output.loss * torch.rand(()))
+        return scale_loss(output, torch.rand(()))
 
     return step
 

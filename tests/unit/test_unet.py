@@ -46,7 +46,6 @@ def test_flags_reach_the_run_and_the_scores(run_main, prepared, tmp_path):
     [
         (["--data", "{tmp}"], "is not prepared. Run: python dataset/dataset_prep.py"),
         (["--data", "{data}", "--batch-size", "500"], "fewer than a batch of 500: use --batch-size 14"),
-        (["--data", "{data}", "--resume"], "holds no run"),
         (["--data", "{data}", "--precision", "fp16"], "fp16 needs a GPU"),
         (["--data", "{data}", "--micro-batch-size", "auto"], "--micro-batch-size auto needs a GPU"),
     ],
