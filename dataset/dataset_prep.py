@@ -184,10 +184,10 @@ def _prepare(
     )
     outcomes = list(tqdm(_process_all(work, originals.pairs, processes), "prepare", len(originals.pairs), unit="image"))
     _leave_out_copies(outcomes)
-    kept, failed = [], []
+    kept, failed = [], originals.failed
     for outcome in outcomes:
         if outcome.failed:
-            failed.append({"file": relative(outcome.file, base), "reason": outcome.reason})
+            failed.append((relative(outcome.file, base), outcome.reason))
         elif outcome.reason:
             originals.leave_out(outcome.file or outcome.pair.image, outcome.reason)
         else:
@@ -209,7 +209,7 @@ def _prepare(
         "counts": {split: {folder: found[split, folder] for folder in class_table.species} for split in SPLITS},
         "warnings": [f"{what}; training and a fair test need all species" for what in missing] + _exif_warnings(kept),
         "left_out": [{"file": file, "reason": reason} for file, reason in sorted(originals.left_out)],
-        "failed": failed,
+        "failed": [{"file": file, "reason": reason} for file, reason in sorted(failed)],
         "converted": [
             {"file": relative(outcome.pair.image, base), "reason": outcome.converted}
             for outcome in kept

@@ -47,12 +47,13 @@ class Pair:
 
 @dataclass
 class Originals:
-    """The files of `base`, before any picture is opened. `left_out` holds (file, reason)."""
+    """The files of `base`, before any picture is opened. `left_out` and `failed` hold (file, reason)."""
 
     base: Path
     layout: str
     pairs: list[Pair] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
+    failed: list[tuple[str, str]] = field(default_factory=list)  # cannot be read now, and are tried again next time
     files: list[Path] = field(default_factory=list)  # every file that the result depends on
 
     def leave_out(self, path: Path, reason: str, *, entry: str = "") -> None:
@@ -170,7 +171,7 @@ def _by_stem(originals: Originals, folder: Path) -> dict[str, Path]:
         elif path.suffix.lower() not in PICTURE_SUFFIXES:
             originals.leave_out(path, f"not a picture by its suffix {path.suffix!r}")
         elif not path.is_file():
-            originals.leave_out(path, "a link that leads nowhere")
+            originals.failed.append((relative(path, originals.base), "a link that leads nowhere (to another disk?)"))
         elif path.stem in pictures:
             originals.leave_out(path, f"same name as {pictures[path.stem].name}")
         else:

@@ -126,6 +126,7 @@ def find_pictures(paths: Sequence[Path]) -> FoundPictures:
             continue
         if not given.is_dir():
             found.problems.append(f"{given}: no such file or folder")
+            continue
         for folder, subfolders, names in os.walk(given, onerror=report):
             here = Path(folder)
             subfolders.sort()
@@ -136,6 +137,8 @@ def find_pictures(paths: Sequence[Path]) -> FoundPictures:
             for name in sorted(names):
                 if reason := _reason_to_skip_file(here / name):
                     found.passed_over[reason] += 1
+                elif not (here / name).is_file():
+                    found.problems.append(f"{here / name}: a link that leads nowhere")
                 else:
                     found.files.append((here / name, (here / name).relative_to(given)))
     return found
@@ -157,9 +160,7 @@ def _reason_to_skip_file(path: Path) -> str:
         return f"HEIC photograph ({HEIF_HINT})"
     if suffix not in PICTURE_SUFFIXES:
         return f"file with suffix {suffix!r}"
-    if path.stem.endswith(("_mask", "_overlay")):
-        return "mask or overlay by its name"
-    return "" if path.is_file() else "link that leads nowhere"
+    return "mask or overlay by its name" if path.stem.endswith(("_mask", "_overlay")) else ""
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -113,7 +113,7 @@ def limit_workers(workers: int, dataset: Dataset, sampler: EpochBatchSampler) ->
     """
     if not SHARED_MEMORY.is_dir():
         return workers
-    item = dataset[0]
+    item = dataset[0, 0]
     images = max(math.ceil(size / count / sampler.world_size) for size, count in sampler.batches() if count)
     batch = 1 + images * sum(value.nbytes for value in item.values() if torch.is_tensor(value))
     free = shutil.disk_usage(SHARED_MEMORY).free // processes_here()

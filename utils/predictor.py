@@ -184,16 +184,17 @@ def claim_masks(files: Sequence[tuple[Path, Path]], out: Path, overwrite: bool) 
     for photograph, below in files:
         stem = below.stem if stems[below.with_suffix("")] == 1 else below.name
         name = fit_name(stem, "_overlay.jpg").removesuffix("_overlay.jpg")
-        wanted.setdefault(below.with_name(f"{name}_mask.png"), set()).add(photograph.resolve())
+        wanted.setdefault(below.with_name(f"{name}_mask.png"), set()).add(photograph.absolute())
     masks, refused = {}, []
     with acquire_lock(out / ".lock"):
         index = read_index(out)
         for mask, photographs in wanted.items():
             (first, *others), owner = sorted(photographs), index.get(mask)
+            same = owner is not None and owner.resolve() == first.resolve()
             if others:
                 hint = "give them in two calls, with another --out each"
                 refused.append(f"{first} and {others[0]} would both be {out / mask}: {hint}")
-            elif (out / mask).exists() and owner != first and not overwrite:
+            elif (out / mask).exists() and not same and not overwrite:
                 whose = f"the mask of {owner}" if owner else "there already, perhaps of another photograph"
                 refused.append(f"{first}: {out / mask} is {whose}: choose another --out, or add --overwrite")
             else:

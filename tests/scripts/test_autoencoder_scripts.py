@@ -63,7 +63,7 @@ def test_scores_of_both_stages(two_stages, prepared, tmp_path):
     checkpoint = two_stages / "segmentation/best.pt"
     test = ["autoencoder/test.py", "--data", prepared, "--checkpoint", checkpoint, "--out", tmp_path, "--workers", 0]
     result = succeed(*test)
-    assert {path.name for path in tmp_path.iterdir()} == {
+    assert {path.name for path in tmp_path.glob("[!.]*")} == {
         "metrics.json", "images.csv", "masks", "confusion.png", "predictions.png", "reconstruction.json",
         "reconstructions.png",
     }  # fmt: skip

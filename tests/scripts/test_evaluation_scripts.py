@@ -81,12 +81,12 @@ def test_photographs_in_folders_get_masks_at_their_own_size(trained, photographs
             assert mask.mode == "P" and mask.size == overlay.size
             assert PETS.decode_label(mask).max() < len(PETS)
             sizes[path.name.removesuffix("_mask.png")] = mask.size
-    assert sizes == {"a": (90, 60), "a-2": (90, 60), "grey": (90, 60), "rotated": (60, 90)}
-    assert len(list(out.iterdir())) == 2 * len(sizes)
+    assert sizes == {"a.jpg": (90, 60), "a.png": (90, 60), "grey": (90, 60), "rotated": (60, 90)}
+    assert len(list(out.glob("[!.]*"))) == 2 * len(sizes) + 1, "and index.csv"
 
     (photographs / "broken.jpg").write_bytes(b"\xff\xd8 broken")
     result = run(*flags, "--images", photographs, "--out", out)
     assert result.returncode == 1 and "4 pictures segmented" in result.stderr
     assert f"could not be segmented:\n  {photographs / 'broken.jpg'}: " in result.stderr
     fail(*flags, "--images", photographs / "below", "--out", photographs, message="choose another --out")
-    fail(*flags, "--images", photographs / "nowhere", message="nowhere does not exist")
+    fail(*flags, "--images", photographs / "nowhere", message="nowhere: no such file or folder")

@@ -201,12 +201,14 @@ def test_photographs_get_the_same_masks_from_both_scripts(trained, prepared, tmp
     device = ["--device", "cpu", *trained.point]
     succeed(trained.script, "--checkpoint", trained.checkpoint, "--images", *photographs, "--out", tmp_path / "test",
             *device)  # fmt: skip
-    contents = {path.name: path.read_bytes() for path in (tmp_path / "test").iterdir()}
-    assert set(contents) == {f"{path.stem}_{kind}" for path in photographs for kind in ("mask.png", "overlay.jpg")}
+    contents = {path.name: path.read_bytes() for path in (tmp_path / "test").glob("[!.]*")}
+    written = {f"{path.stem}_{kind}" for path in photographs for kind in ("mask.png", "overlay.jpg")}
+    assert set(contents) == {*written, "index.csv"}
     for given in (trained.folder, trained.checkpoint):
         out = tmp_path / given.name
         succeed("predict.py", *photographs, "--checkpoint", given, "--out", out, *device)
-        assert {path.name: path.read_bytes() for path in out.iterdir()} == contents, f"predict.py --checkpoint {given}"
+        found = {path.name: path.read_bytes() for path in out.glob("[!.]*")}
+        assert found == contents, f"predict.py --checkpoint {given}"
     for path in photographs:
         with Image.open(path) as photograph, Image.open(tmp_path / "test" / f"{path.stem}_mask.png") as mask:
             assert mask.mode == "P" and mask.size == photograph.size
