@@ -248,6 +248,16 @@ def every_pixel_step(model, batch):
     return StepOutput(SegmentationLoss("cross-entropy", "background")(logits, batch["mask"]), logits, batch["mask"])
 
 
+def pooled_step(model, batch):
+    """A step whose loss depends on sums over the whole batch: pixels that count, and overlaps of classes."""
+    from utils.loss import SegmentationLoss
+    from utils.train import StepOutput
+
+    logits = model(batch["image"])
+    loss = SegmentationLoss("cross-entropy+0.5*dice", "ignore")(logits, batch["mask"])
+    return StepOutput(loss, logits, batch["mask"])
+
+
 def wait_for_epoch(process: subprocess.Popen, out: Path) -> None:
     """Wait until a training has saved its first epoch; fails when it ends before."""
     while not (out / "last.pt").exists() or not load_checkpoint(out / "last.pt")["epoch"]:

@@ -121,7 +121,7 @@ def limit_workers(workers: int, dataset: Dataset, sampler: EpochBatchSampler) ->
     if fitting < workers:
         needed = f"{workers} workers need {math.ceil(workers * BATCHES_PER_WORKER * batch / 1e6)} MB"
         hint = "Docker: docker run --shm-size 2g, or --ipc=host"
-        log.warning("%s has %d MB free, %s: using %d (%s)", SHARED_MEMORY, free / 1e6, needed, fitting, hint)
+        log.warning("%s has %d MB free, %s: using %d of them (%s)", SHARED_MEMORY, free / 1e6, needed, fitting, hint)
     return min(workers, fitting)
 
 

@@ -76,13 +76,14 @@ def test_photographs_in_folders_get_masks_at_their_own_size(trained, photographs
         result = succeed(*flags, "--images", photographs, "--out", out)
         assert f"4 pictures segmented: {out}" in result.stdout
     sizes = {}
-    for path in out.glob("*_mask.png"):
-        with Image.open(path) as mask, Image.open(out / path.name.replace("_mask.png", "_overlay.jpg")) as overlay:
+    for path in out.rglob("*_mask.png"):
+        overlay_path = path.with_name(path.name.replace("_mask.png", "_overlay.jpg"))
+        with Image.open(path) as mask, Image.open(overlay_path) as overlay:
             assert mask.mode == "P" and mask.size == overlay.size
             assert PETS.decode_label(mask).max() < len(PETS)
-            sizes[path.name.removesuffix("_mask.png")] = mask.size
-    assert sizes == {"a.jpg": (90, 60), "a.png": (90, 60), "grey": (90, 60), "rotated": (60, 90)}
-    assert len(list(out.glob("[!.]*"))) == 2 * len(sizes) + 1, "and index.csv"
+            sizes[path.relative_to(out).as_posix().removesuffix("_mask.png")] = mask.size
+    assert sizes == {"a.jpg": (90, 60), "a.png": (90, 60), "below/grey": (90, 60), "rotated": (60, 90)}
+    assert len([path for path in out.rglob("[!.]*") if path.is_file()]) == 2 * len(sizes) + 1, "and index.csv"
 
     (photographs / "broken.jpg").write_bytes(b"\xff\xd8 broken")
     result = run(*flags, "--images", photographs, "--out", out)

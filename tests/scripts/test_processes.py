@@ -18,6 +18,7 @@ from tests.helpers import (
     ROOT,
     TINY,
     every_pixel_step,
+    pooled_step,
     run,
     save_model,
     succeed,
@@ -34,35 +35,40 @@ import json, sys
 from pathlib import Path
 
 sys.path.insert(0, sys.argv[1])
-from tests.helpers import every_pixel_step, train, without_batch_norm
+from tests import helpers
 from utils.distributed import destroy_distributed
 
 data, out = map(Path, sys.argv[2:4])
-train(data, out, step=every_pixel_step, model=without_batch_norm(), **json.loads(sys.argv[4]))
+step = getattr(helpers, sys.argv[5])
+helpers.train(data, out, step=step, model=helpers.without_batch_norm(), **json.loads(sys.argv[4]))
 destroy_distributed()
 """
 
 
-def test_losses_are_independent_of_the_processes(prepared, tmp_path):
+@pytest.mark.parametrize(
+    ("step", "precision", "tolerance"),
+    [(every_pixel_step, "fp32", 1e-5), (pooled_step, "fp32", 1e-5), (pooled_step, "bf16", 5e-3)],
+)
+def test_losses_are_independent_of_the_processes(prepared, tmp_path, step, precision, tolerance):
     """Also with micro-batches, and when a run is resumed with another number; batches of 10 images and of 2."""
     (tmp_path / "train.py").write_text(TRAIN)
 
     def train_with(name: str, processes: int, **settings: Any) -> list[float]:
-        settings = {"batch_size": 10, "lr": 1e-2, "patience": 0, **settings}
+        settings = {"batch_size": 10, "lr": 1e-2, "patience": 0, "precision": precision, **settings}
         if processes == 1:
-            train(prepared, tmp_path / name, step=every_pixel_step, model=without_batch_norm(), **settings)
+            train(prepared, tmp_path / name, step=step, model=without_batch_norm(), **settings)
         else:
-            flags = (ROOT, prepared, tmp_path / name, json.dumps(settings))
+            flags = (ROOT, prepared, tmp_path / name, json.dumps(settings), step.__name__)
             succeed(tmp_path / "train.py", *flags, processes=processes)
         rows = read_csv(tmp_path / name / "log.csv")
         return [float(row[column]) for row in rows for column in ("train_loss", "val_loss")]
 
     whole = train_with("whole", 1, epochs=3)
     assert whole[-2] < whole[0], "it learns"
-    assert train_with("first-two", 2, epochs=2, micro_batch_size=2) == pytest.approx(whole[:4], abs=1e-5)
-    assert train_with("first-two", 1, epochs=3, resume=True) == pytest.approx(whole, abs=1e-5)
+    assert train_with("first-two", 2, epochs=2, micro_batch_size=2) == pytest.approx(whole[:4], abs=tolerance)
+    assert train_with("first-two", 1, epochs=3, resume=True) == pytest.approx(whole, abs=tolerance)
     train_with("first-one", 1, epochs=1, micro_batch_size=4)
-    assert train_with("first-one", 2, epochs=3, resume=True) == pytest.approx(whole, abs=1e-5)
+    assert train_with("first-one", 2, epochs=3, resume=True) == pytest.approx(whole, abs=tolerance)
 
 
 MODELS = {
