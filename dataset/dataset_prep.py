@@ -286,35 +286,26 @@ def process_pair(
 
     `exif` is `--exif`; `oxford`: it is in Oxford's layout, whose labels were drawn on the stored pixels.
     """
-    file = pair.image
-    try:
-        image = load_picture(pair.image)
-        rgb = to_rgb(image)
-        file = pair.label
-        label = load_picture(pair.label)
-        classes = class_table.decode_label(label) if pair.species is None else decode_trimap(label, pair.species)
-    except InputError as error:
-        return Outcome(pair, str(error).removeprefix(f"{file}: "), file)
-    except OSError as error:  # no permission, a failing disk: not a damaged file
-        return Outcome(pair, f"cannot be read ({error.strerror}); run again when it can", file, failed=True)
-    except MemoryError:
-        return Outcome(pair, "does not fit in memory; scale it down", file, failed=True)
-    turned = turn_upright(image)
-    fits = {"stored": image.size == label.size, "upright": turned.size == label.size}
+    read = _read_pair(pair, class_table)
+    if isinstance(read, Outcome):
+        return read
+    image, classes = read
+    turned, label_size = turn_upright(image), classes.shape[::-1]
+    fits = {"stored": image.size == label_size, "upright": turned.size == label_size}
     default = "stored" if oxford or breed_of(pair.name) in BREEDS else "upright"
     way = exif or (default if fits[default] else next((way for way in fits if fits[way]), default))
+    chosen = turned if way == "upright" else image
     if not fits[way]:
-        size = turned.size if way == "upright" else image.size
-        return Outcome(pair, "image is {}x{}, its label {}x{}".format(*size, *label.size))
+        return Outcome(pair, "image is {}x{}, its label {}x{}".format(*chosen.size, *label_size))
     found = [folder for folder, value in class_table.species.items() if (classes == value).any()]
     if len(found) != 1:
         return Outcome(pair, f"{' and '.join(found)} in one label" if found else "no pet in its label", pair.label)
 
     (folder,) = found
     prepared = base / pair.split / "color" / folder / f"{pair.name}.jpg"
-    rgb = to_rgb(turned) if way == "upright" and turned is not image else rgb
+    rgb = to_rgb(chosen)
     changes = [] if image.format == "JPEG" else [f"is a {image.format} picture ({image.mode})"]
-    changes += ["its EXIF block turns it"] if way == "upright" and turned is not image else []
+    changes += [] if chosen is image else ["its EXIF block turns it"]
     if not changes:
         _link(pair.image, prepared)
     else:
@@ -335,6 +326,25 @@ def process_pair(
         pixels=hashlib.blake2b(rgb.tobytes(), digest_size=16, salt=str(rgb.size).encode()).digest(),
         points=sample_points(classes, class_table, rng),
     )
+
+
+def _read_pair(pair: Pair, class_table: ClassTable) -> tuple[Image.Image, np.ndarray] | Outcome:
+    """The photograph, and the classes (H, W) of its label; the outcome if one of them cannot be used."""
+    file = pair.image
+    try:
+        image = load_picture(pair.image)
+        if image.mode != "RGB":
+            to_rgb(image)  # raises if its values are no brightness
+        file = pair.label
+        label = load_picture(pair.label)
+        classes = class_table.decode_label(label) if pair.species is None else decode_trimap(label, pair.species)
+    except InputError as error:
+        return Outcome(pair, str(error).removeprefix(f"{file}: "), file)
+    except OSError as error:  # no permission, a failing disk: not a damaged file
+        return Outcome(pair, f"cannot be read ({error.strerror}); run again when it can", file, failed=True)
+    except MemoryError:
+        return Outcome(pair, "does not fit in memory; scale it down", file, failed=True)
+    return image, classes
 
 
 def _leave_out_copies(outcomes: Iterable[Outcome]) -> None:

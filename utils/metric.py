@@ -13,17 +13,23 @@ from utils.loader import prepare_batch
 
 
 def logits_to_classes(logits: Tensor) -> Tensor:
-    """Classes (B, H, W) of logits (B, C, H, W): the largest, or with a single logit 1 where it is positive."""
-    if logits.shape[1] == 1:
-        return (logits[:, 0] > 0).long()
-    # On a CPU argmax is ten times faster when the logits of a pixel are adjacent in memory.
-    return logits.contiguous(memory_format=torch.channels_last).argmax(dim=1)
+    """Classes (B, H, W) uint8 of logits (B, C, H, W): the largest, or with a single logit 1 where it is positive."""
+    best, *others = logits.unbind(dim=1)
+    if not others:
+        return (best > 0).to(torch.uint8)
+    # On a CPU argmax over the second dimension takes forty times as long as these comparisons of whole maps.
+    classes = torch.zeros(best.shape, dtype=torch.uint8, device=best.device)
+    for value, other in enumerate(others, start=1):
+        classes.masked_fill_(other > best, value)
+        best = torch.maximum(best, other)
+    return classes
 
 
 def count_confusion(prediction: Tensor, target: Tensor, num_classes: int) -> Tensor:
     """Pixel counts (num_classes, num_classes) int64, row = truth, column = prediction; target 255 counts nowhere."""
-    truth = torch.where(target == IGNORE, num_classes, target).int()  # ignored pixels get an extra row
-    pairs = truth * num_classes + prediction.int()
+    dtype = torch.uint8 if num_classes < 16 else torch.int32  # bytes are counted twice as fast
+    truth = torch.where(target == IGNORE, num_classes, target).to(dtype)  # ignored pixels get an extra row
+    pairs = truth * num_classes + prediction.to(dtype)
     counts = torch.bincount(pairs.flatten(), minlength=(num_classes + 1) * num_classes)
     return counts.view(num_classes + 1, num_classes)[:num_classes]
 
