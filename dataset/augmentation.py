@@ -10,7 +10,7 @@ import albumentations as A
 import cv2
 import numpy as np
 
-from utils.dataset import IGNORE
+from utils.dataset import UNCOVERED
 
 cv2.setNumThreads(0)  # the loader's workers are the parallelism; without workers, make_loader sets the threads
 
@@ -38,10 +38,10 @@ class SmoothElasticTransform(A.ElasticTransform):
 
 
 def train_transform() -> A.Compose:
-    """Flip, rotation, elastic deformation, color jitter. Corners that the rotation uncovers are 255 in the mask."""
+    """Flip, rotation, elastic deformation, color jitter. Corners that the rotation uncovers are 254 in the mask."""
     transforms = [
         A.HorizontalFlip(p=0.5),
-        A.Rotate(limit=15, border_mode=cv2.BORDER_CONSTANT, fill=0, fill_mask=IGNORE, p=0.5),
+        A.Rotate(limit=15, border_mode=cv2.BORDER_CONSTANT, fill=0, fill_mask=UNCOVERED, p=0.5),
         SmoothElasticTransform(border_mode=cv2.BORDER_REFLECT_101, p=0.5),
         A.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.05, p=0.5),
     ]

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dataset.pet import PetDataset, Record, find_records
-from utils.dataset import CLICKS, IGNORE, foreground
+from utils.dataset import CLICKS, UNCOVERED, foreground
 from utils.dataset_prep import heatmap_and_mask, random_pixel
 from utils.files import InputError, atomic_path, fit_name, read_csv
 from utils.image import picture_size, rescale_point
@@ -81,9 +81,9 @@ def _read_point(row: dict[str, str], record: Record) -> Click:
 
 def click_target(mask: Tensor, on_pet: Tensor) -> Tensor:
     """Targets (B, H, W) uint8 of one click on each of the masks (B, H, W): 1 on the clicked side of the outline, 0 on
-    the other, 255 where the mask is 255. `on_pet` (B,) bool is the clicked side."""
+    the other, 255 and 254 where the mask is. `on_pet` (B,) bool is the clicked side."""
     target = (foreground(mask) == on_pet[:, None, None]).to(torch.uint8)
-    return torch.where(mask == IGNORE, IGNORE, target)
+    return torch.where(mask >= UNCOVERED, mask, target)
 
 
 class RandomClickDataset(PetDataset):

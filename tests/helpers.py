@@ -126,8 +126,8 @@ def segmentation_step(model, batch):
 
 def scale_loss(output, factor):
     """The output of a step with its loss multiplied by a factor."""
-    sums, formula, per_image = output.loss
-    return output._replace(loss=type(output.loss)(sums, lambda sums: factor * formula(sums), per_image))
+    sums, formula, _ = output.loss
+    return output._replace(loss=type(output.loss)(sums, lambda sums: factor * formula(sums), None))
 
 
 UNET_ARGS = {"num_classes": 3, "base_channels": 2}

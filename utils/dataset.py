@@ -16,8 +16,9 @@ from PIL import Image
 
 from utils.files import InputError
 
-IGNORE = 255  # the boundary band, and corners that a rotation uncovers: pixels without a class, counted nowhere
-_UNKNOWN = 254  # in lookup tables: a value of a label file that belongs to no class
+IGNORE = 255  # the boundary band: pixels without a class, never scored
+UNCOVERED = 254  # in training masks: corners that a rotation or a crop uncovers, which no loss counts
+_UNKNOWN = 253  # in lookup tables: a value of a label file that belongs to no class
 
 Color = tuple[int, int, int]
 
@@ -204,8 +205,8 @@ CLICKS = ClassTable(
 
 
 def foreground(classes: Any) -> Any:
-    """Where an array or tensor of classes holds a class other than the background (and is not ignored)."""
-    return (classes != 0) & (classes != IGNORE)
+    """Where an array or tensor of classes holds a class other than the background, and is not ignored or uncovered."""
+    return (classes != 0) & (classes < UNCOVERED)
 
 
 def decode_trimap(trimap: Image.Image, species: int) -> np.ndarray:

@@ -53,6 +53,10 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         limit = self.micro_batch_size or self.samples
         return [(size, math.ceil(len(range(self.rank, size, self.world_size)) / limit)) for size in sizes]
 
+    def has_several(self, batch_size: int) -> bool:
+        """Whether any rank has more than one micro-batch in a batch of this size."""
+        return math.ceil(batch_size / self.world_size) > (self.micro_batch_size or batch_size)
+
     def __len__(self) -> int:
         return sum(micro_batches for _, micro_batches in self.batches())
 

@@ -4,8 +4,9 @@ A loss is a formula of sums over the images, divided once: sums of batches can b
 or of an optimizer step does not depend on how its images are cut into batches.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from utils.config import weighted_sum
-from utils.dataset import IGNORE
+from utils.dataset import IGNORE, UNCOVERED, foreground
 
 
 class LossSums(NamedTuple):
@@ -21,7 +22,7 @@ class LossSums(NamedTuple):
 
     sums: Tensor  # (K,)
     formula: Callable[[Tensor], Tensor]  # sums (K,) -> loss, a scalar
-    per_image: bool  # the loss is the mean of the losses of single images
+    count: int | None  # of a ratio of two sums: the second sum, if everything counts; None for other formulas
 
     @property
     def value(self) -> Tensor:
@@ -35,7 +36,7 @@ class Loss:
 
     sums: Callable[[Tensor, Tensor], Tensor]
     formula: Callable[[Tensor], Tensor]
-    per_image: bool = False  # as in LossSums, if no pixel is ignored
+    counts: str = ""  # of a ratio: "pixels" or "images" if that is what the second sum counts
 
     def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
         return self.formula(self.sums(prediction, target))
@@ -43,20 +44,40 @@ class Loss:
 
 def ratio(sums: Tensor) -> Tensor:
     """A total divided by a count (2,); 0 if nothing is counted."""
-    return sums[0] / sums[1].clamp(min=1)
+    return sums[0] / sums[1].clamp(min=1e-6)
 
 
-def cross_entropy_sums(logits: Tensor, target: Tensor) -> Tensor:
-    """Total cross-entropy of logits (B, C, H, W), and the number of pixels of target (B, H, W) that are not 255."""
-    total = F.cross_entropy(logits, target.long(), ignore_index=IGNORE, reduction="sum")
-    return torch.stack([total, (target != IGNORE).sum().to(total.dtype)])
+def cross_entropy_sums(
+    logits: Tensor, target: Tensor, *, gamma: float = 0, weights: Sequence[float] | None = None
+) -> Tensor:
+    """Total cross-entropy of logits (B, C, H, W), and the number of pixels of target (B, H, W) that are not 255.
+
+    `gamma`: each pixel is weighted by (1 - p)^gamma, p the probability of its class (focal loss, Lin et al. 2017).
+    `weights` (C,): each pixel is weighted, and counted, by the weight of its class.
+    """
+    logits, target = _at_least_float32(logits), target.long()
+    if not gamma and weights is None:
+        total = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum")
+        return torch.stack([total, (target != IGNORE).sum().to(total.dtype)])
+    loss = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="none")  # (B, H, W), 0 where ignored
+    if gamma:
+        loss = loss * (-torch.expm1(-loss)) ** gamma  # 1 - p = 1 - exp(-loss)
+    weight = (target != IGNORE).to(loss.dtype)
+    if weights is not None:
+        table = torch.tensor(weights, dtype=loss.dtype, device=loss.device)
+        weight = weight * table[target.where(target != IGNORE, 0)]
+    return torch.stack([(loss * weight).sum(), weight.sum()])
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 
 def dice_sums(logits: Tensor, target: Tensor) -> Tensor:
     """Overlap |P and T|, size |P| + |T| and pixels |T| of each class: (3C,), of logits (B, C, H, W) and target
     (B, H, W), with class probabilities as the predicted sets P."""
     valid = (target != IGNORE).unsqueeze(1)  # (B, 1, H, W)
-    probability = logits.softmax(dim=1) * valid
+    probability = _at_least_float32(logits).softmax(dim=1) * valid
     truth = F.one_hot(target.long() * valid[:, 0], logits.shape[1]).permute(0, 3, 1, 2) * valid  # (B, C, H, W)
     pixels = truth.sum(dim=(0, 2, 3))  # (C,)
     overlap = (probability * truth).sum(dim=(0, 2, 3))
@@ -81,14 +102,23 @@ def image_mean(loss: Callable[[Tensor, Tensor], Tensor]) -> Loss:
         mean = loss(prediction, target)
         return torch.stack([mean, torch.ones_like(mean)]) * len(target)
 
-    return Loss(sums, ratio, per_image=True)
+    return Loss(sums, ratio, "images")
 
 
-cross_entropy = Loss(cross_entropy_sums, ratio, per_image=True)
-dice_loss = Loss(dice_sums, dice_formula)
+def make_losses(weights: Sequence[float] | None = None) -> dict[str, Loss]:
+    """The losses that `--loss` knows, by name; `weights` (C,) are those of the classes for the balanced ones."""
+    focal = partial(cross_entropy_sums, gamma=2)
+    return {
+        "cross-entropy": Loss(cross_entropy_sums, ratio, "pixels"),
+        "balanced": Loss(partial(cross_entropy_sums, weights=weights), ratio, "weights"),
+        "focal": Loss(focal, ratio, "pixels"),
+        "balanced-focal": Loss(partial(focal, weights=weights), ratio, "weights"),
+        "dice": Loss(dice_sums, dice_formula),
+    }
 
-# The names that `--loss` knows. A loss takes logits (B, C, H, W) and target (B, H, W).
-LOSSES = {"cross-entropy": cross_entropy, "dice": dice_loss}
+
+LOSSES = make_losses()
+cross_entropy, dice_loss = LOSSES["cross-entropy"], LOSSES["dice"]
 
 
 class WeightedLoss:
@@ -96,26 +126,49 @@ class WeightedLoss:
 
     def __init__(self, text: str, losses: dict[str, Loss]):
         self.terms = [(weight, losses[name]) for name, weight in weighted_sum(text, losses).items()]
-        self.per_image = all(loss.per_image for _, loss in self.terms)
 
     def __call__(self, prediction: Tensor, target: Tensor) -> LossSums:
         parts = [loss.sums(prediction, target) for _, loss in self.terms]
+        if len(kinds := {loss.counts for _, loss in self.terms}) == 1 and kinds <= {"pixels", "images"}:
+            total = torch.stack([weight * part[0] for (weight, _), part in zip(self.terms, parts)]).sum()
+            count = target.numel() if kinds == {"pixels"} else len(target)
+            return LossSums(torch.stack([total, parts[0][1]]), ratio, count)
 
         def formula(sums: Tensor) -> Tensor:
             split = sums.split([len(part) for part in parts])
             return torch.stack([weight * loss.formula(part) for (weight, loss), part in zip(self.terms, split)]).sum()
 
-        return LossSums(torch.cat(parts), formula, self.per_image)
+        return LossSums(torch.cat(parts), formula, None)
 
 
 class SegmentationLoss:
-    """`--loss` of logits (B, C, H, W) and a mask (B, H, W) whose boundary, 255, is background (report) or ignored."""
+    """`--loss` of logits (B, C, H, W) and a mask (B, H, W), whose boundary, 255, is treated as `--boundary` says.
 
-    def __init__(self, text: str, boundary: str):
-        self.loss = WeightedLoss(text, LOSSES)
+    background: it is background, as in the report. ignore: it does not count. object: it belongs to the pet. class: it
+    is a class of its own, the last of the logits. `pixels` are the counts of the training masks' values (256,), for the
+    balanced losses: the weight of a class is N / (C n), with n of all N pixels in the class, C classes.
+    """
+
+    def __init__(self, text: str, boundary: str, pixels: Sequence[int] | None = None, num_classes: int = 0):
+        weights = None
+        if pixels is not None:
+            values = torch.arange(256, dtype=torch.uint8)
+            table = self._map(values.view(256, 1, 1), boundary, num_classes).flatten()
+            counts = torch.bincount(table.long(), weights=torch.tensor(pixels, dtype=torch.float64), minlength=256)
+            counts = counts[: num_classes + (boundary == "class")]
+            weights = (counts.sum() / (len(counts) * counts.clamp(min=1))).tolist()
+        self.loss = WeightedLoss(text, make_losses(weights))
         self.boundary = boundary
 
     def __call__(self, logits: Tensor, mask: Tensor) -> LossSums:
-        if self.boundary == "background":
-            return self.loss(logits, torch.where(mask == IGNORE, 0, mask))
-        return self.loss(logits, mask)._replace(per_image=False)  # images differ in the number of pixels that count
+        return self.loss(logits, self._map(mask, self.boundary, logits.shape[1] - 1))
+
+    @staticmethod
+    def _map(mask: Tensor, boundary: str, last_class: int) -> Tensor:
+        """The target (B, H, W) of a mask: a class, or 255 where a pixel does not count."""
+        if boundary == "object":  # the species of the image; of two pasted together, the one with the larger number
+            inside = torch.where(foreground(mask), mask, 0).amax(dim=(1, 2), keepdim=True)
+        else:
+            inside = {"background": 0, "ignore": IGNORE, "class": last_class}[boundary]
+        target = torch.where(mask == IGNORE, inside, mask)
+        return torch.where(mask == UNCOVERED, IGNORE, target)

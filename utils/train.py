@@ -229,40 +229,49 @@ def train_one_epoch(
 ) -> tuple[float, dict[str, float]]:
     """One pass over `loader`; returns the mean loss per image over all ranks, and further columns of the log.
 
-    The gradient of a step is that of the loss of its whole batch. If this is the mean of the images' losses, each
-    micro-batch is weighted by its size. Otherwise the loss depends on sums over the whole batch (`sum_losses`); each
-    micro-batch contributes the gradient of its own part of the sums.
+    The gradient of a step is that of the loss of its whole batch, however it is cut into micro-batches and shared by
+    ranks. With one micro-batch, each rank adds the sums of the others to its own. With several, the total of a ratio is
+    divided by an expected count first, and the gradient is corrected when the true count is known; other formulas need
+    the sums in advance (`sum_losses`).
     """
     accelerator, sampler, ranks = run.accelerator, loader.batch_sampler, run.accelerator.num_processes
     model.train()
     sampler.set_epoch(epoch)
     loss_sum, images, began = torch.zeros((), device=run.device), 0, time.perf_counter()
     title = f"{run.folder.name}: epoch {epoch}/{run.config.epochs}"
-    micro_batches, per_image = iter(loader), False
+    micro_batches, count = iter(loader), None
     with tqdm(total=sampler.samples, desc=title, unit="image", leave=False, disable=not run.is_main) as bar:
-        for batch_size, count in sampler.batches():
+        for batch_size, parts in sampler.batches():
             optimizer.zero_grad()
-            batches, total = [next(micro_batches) for _ in range(count)], None
-            if count > 1 and not per_image:
+            batches, total, counted, step_loss = [next(micro_batches) for _ in range(parts)], None, 0, 0
+            several = sampler.has_several(batch_size)
+            if several and count is None:
                 total = sum_losses(accelerator.unwrap_model(model), step, batches, run.device)
             for number, batch in enumerate(batches, start=1):
                 batch = prepare_batch(batch, run.device)
                 size = len(batch["image"])
-                with nullcontext() if number == count else accelerator.no_sync(model):
-                    sums, formula, per_image = step(model, batch).loss
-                    if per_image:
-                        loss, weight = formula(sums), size / batch_size
+                with nullcontext() if number == parts else accelerator.no_sync(model):
+                    sums, formula, count = step(model, batch).loss
+                    if several and count is not None:
+                        expected = count * batch_size / size
+                        loss, share = sums[0] / expected, ranks
+                        counted = counted + sums[1].detach()
                     else:
                         total = all_reduce_sum(sums.detach()) if total is None else total
-                        loss, weight = formula(sums + (total - sums.detach())), 1
+                        loss, share = formula(sums + (total - sums.detach())), size * ranks / batch_size
                     # Gradients are averaged over the ranks, so each loss is scaled by their number.
-                    accelerator.backward(loss * (weight * ranks))
-                loss_sum += loss.detach() * size
+                    accelerator.backward(loss * ranks)
+                step_loss += loss.detach() * share
                 images += size
                 # The bar redraws at most ten times a second. Only then is the loss read, which waits for the device.
                 if bar.update(size * ranks):
                     check_finite(loss_sum.item(), f"training loss in epoch {epoch}", run.config)
-                    bar.set_postfix(loss=f"{loss_sum.item() / images:.4f}", refresh=False)
+                    bar.set_postfix(loss=f"{loss_sum.item() / max(1, images):.4f}", refresh=False)
+            if several and count is not None:
+                correction = expected / all_reduce_sum(counted).clamp(min=1e-6)
+                torch._foreach_mul_([one.grad for one in model.parameters() if one.grad is not None], correction)
+                step_loss *= correction
+            loss_sum += step_loss * (batch_size / ranks)
             optimizer.step()
     total_loss, total_images = all_reduce_sum(torch.stack([loss_sum, loss_sum.new_tensor(images)])).tolist()
     check_finite(total_loss, f"training loss in epoch {epoch}", run.config)
@@ -273,11 +282,11 @@ def train_one_epoch(
 @torch.no_grad()
 def sum_losses(model: nn.Module, step: Step, batches: Sequence[dict[str, Any]], device: torch.device) -> Tensor | None:
     """The sums of the loss over the micro-batches of an optimizer step and over all ranks, by forward passes that leave
-    the batch-norm statistics as they were; None for a loss that is a mean over images."""
+    the batch-norm statistics as they were; None for a ratio, which does not need them."""
     before, total = [buffer.clone() for buffer in model.buffers()], 0
     for batch in batches:
         loss = step(model, prepare_batch(batch, device)).loss
-        if loss.per_image:
+        if loss.count is not None:
             total = None
             break
         total += loss.sums

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from dataset.augmentation import SmoothElasticTransform, augment, train_transform
-from utils.dataset import IGNORE
+from utils.dataset import UNCOVERED
 
 
 def checkerboard(size: int = 128) -> tuple[np.ndarray, np.ndarray]:
@@ -20,11 +20,11 @@ def test_mask_and_image_stay_aligned():
     transform = train_transform()
     for key in range(40):
         varied, varied_mask = augment(transform, image, mask, (key,))
-        assert set(np.unique(varied_mask)) <= {0, 1, IGNORE}
+        assert set(np.unique(varied_mask)) <= {0, 1, UNCOVERED}
         inside, outside = varied[varied_mask == 1].mean(), varied[varied_mask == 0].mean()
         middle = (inside + outside) / 2
         wrong = (varied.mean(axis=2) > middle) != (varied_mask == 1)
-        assert wrong[varied_mask != IGNORE].mean() < 0.02
+        assert wrong[varied_mask != UNCOVERED].mean() < 0.02
 
 
 def test_augmentation_depends_on_its_key_alone():
@@ -45,7 +45,7 @@ def test_transforms_are_sampled_independently():
         _, varied = augment(transform, image, mask, (key,))
         columns = np.flatnonzero((varied == 1).any(axis=0))
         flipped.append(columns.mean() < 63)
-        rotated.append((varied == IGNORE).any())
+        rotated.append((varied == UNCOVERED).any())
     assert 0.35 < np.mean(flipped) < 0.65
     assert 0.35 < np.mean(rotated) < 0.65
     assert abs(np.corrcoef(flipped, rotated)[0, 1]) < 0.25
@@ -58,7 +58,7 @@ def test_uncovered_corners_are_ignored():
     for key in range(30):
         varied, varied_mask = augment(train_transform(), image, mask, (key,))
         black = (varied < 20).all(axis=2)
-        assert (varied_mask[black] == IGNORE).all()
+        assert (varied_mask[black] == UNCOVERED).all()
         seen += black.any()
     assert seen > 5
 
