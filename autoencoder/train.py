@@ -28,7 +28,7 @@ class Config(TrainConfig):
     """The shared flags, which apply to the second stage, and the autoencoder's own."""
 
     out: Path = flag(Path("runs/autoencoder"), "folder of this run")
-    lr: float = flag(1e-3, "learning rate of the head, with Adam", low=0)
+    lr: float = flag(1e-3, "learning rate of the head", low=0)
     pretrain_epochs: int = flag(50, "maximum number of epochs of the reconstruction", low=1)
     pretrain_lr: float = flag(1e-3, "learning rate of the reconstruction", low=0)
     pretrain_min_delta: float = flag(1e-5, "--min-delta of the reconstruction, whose losses are smaller", low=0)
@@ -53,12 +53,11 @@ def main() -> None:
     from autoencoder.model import Autoencoder, AutoencoderSegmenter, Encoder
     from autoencoder.reconstruction import LOSSES
     from dataset.pet import make_train_sets
-    from utils.loss import SegmentationLoss, WeightedLoss
+    from utils.loss import WeightedLoss, make_criterion
     from utils.run import lock_folder, refuse_another_run, start_run
     from utils.train import StepOutput, fit
 
     reconstruction_criterion = WeightedLoss(config.reconstruction_loss, LOSSES)
-    criterion = SegmentationLoss(config.loss, config.boundary)
 
     def reconstruct(model, batch):
         return StepOutput(reconstruction_criterion(model(batch["image"]), batch["image"]))
@@ -95,7 +94,8 @@ def main() -> None:
         encoder = load_encoder(pretraining.out / "best.pt", config)
 
     run = start_run(training, "autoencoder")  # seeds again: the head is the same with or without a first stage
-    options = {"num_classes": len(train_set.class_table), "skips": config.skips}
+    criterion, num_classes = make_criterion(config, train_set)
+    options = {"num_classes": num_classes, "skips": config.skips}
     fit(AutoencoderSegmenter(encoder, **options), segment, train_set, val_set, run, model_args | options)
 
 

@@ -11,7 +11,7 @@ DEFAULT_CLIP = "openai/clip-vit-base-patch32"
 class ClipConfig(TrainConfig):
     """The shared flags of train.py, and those of every model on CLIP."""
 
-    lr: float = flag(1e-5, "learning rate of Adam", low=0)
+    lr: float = flag(1e-5, "learning rate", low=0, strong=1e-4)
     clip_model: str = flag(DEFAULT_CLIP, "a CLIP with a vision transformer: hub id or folder")
     clip_image_size: int | None = flag(None, "edge at which CLIP sees the images (default: its own)", low=1)
     clip_random_init: bool = flag(False, "start from random weights instead of CLIP's")

@@ -26,11 +26,9 @@ def main() -> None:
     # Heavy imports come after parsing, so that --help answers immediately.
     from clip_seg.model import ClipSegmenter, make_encoder
     from dataset.pet import make_train_sets
-    from utils.loss import SegmentationLoss
+    from utils.loss import make_criterion
     from utils.run import start_run
     from utils.train import StepOutput, fit
-
-    criterion = SegmentationLoss(config.loss, config.boundary)
 
     def step(model, batch):
         logits = model(batch["image"])
@@ -40,7 +38,7 @@ def main() -> None:
     train_set, val_set = make_train_sets(config)
     size, frozen, random_init = config.clip_image_size, config.freeze_encoder, config.clip_random_init
     encoder, encoder_args = make_encoder(config.clip_model, image_size=size, frozen=frozen, random_init=random_init)
-    num_classes = len(train_set.class_table)
+    criterion, num_classes = make_criterion(config, train_set)
     options = {"num_classes": num_classes, "base_channels": config.base_channels, "skips": config.skips}
     fit(ClipSegmenter(encoder, **options), step, train_set, val_set, run, {"encoder": encoder_args, **options})
 

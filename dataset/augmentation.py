@@ -10,7 +10,7 @@ import albumentations as A
 import cv2
 import numpy as np
 
-from utils.dataset import UNCOVERED
+from utils.dataset import IGNORE, UNCOVERED, foreground
 
 cv2.setNumThreads(0)  # the loader's workers are the parallelism; without workers, make_loader sets the threads
 
@@ -37,15 +37,47 @@ class SmoothElasticTransform(A.ElasticTransform):
         }
 
 
-def train_transform() -> A.Compose:
-    """Flip, rotation, elastic deformation, color jitter. Corners that the rotation uncovers are 254 in the mask."""
-    transforms = [
+def _report() -> list[A.BasicTransform]:
+    """Flip, rotation, elastic deformation, color jitter (report section 2)."""
+    return [
         A.HorizontalFlip(p=0.5),
-        A.Rotate(limit=15, border_mode=cv2.BORDER_CONSTANT, fill=0, fill_mask=UNCOVERED, p=0.5),
+        A.Rotate(limit=15, p=0.5, **UNCOVER),
         SmoothElasticTransform(border_mode=cv2.BORDER_REFLECT_101, p=0.5),
         A.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.05, p=0.5),
     ]
-    return A.Compose(transforms)
+
+
+def _jitter() -> list[A.BasicTransform]:
+    """The report's, and a scale of 0.5 to 2.0 with a shift: a crop, or a smaller picture with an uncovered margin."""
+    scale = A.Affine(
+        scale=(0.5, 2.0), balanced_scale=True, keep_ratio=True, translate_percent=(-0.25, 0.25), p=0.7, **UNCOVER
+    )
+    return [scale, *_report()]
+
+
+def _strong() -> list[A.BasicTransform]:
+    """Jitter with stronger colors, and sometimes blur, noise or grayscale."""
+    *others, _ = _jitter()
+    noise = [A.GaussianBlur(blur_limit=(3, 7)), A.GaussNoise(std_range=(0.02, 0.1))]
+    color = A.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, p=0.8)
+    return [*others, color, A.OneOf(noise, p=0.3), A.ToGray(p=0.1)]
+
+
+UNCOVER = {"border_mode": cv2.BORDER_CONSTANT, "fill": 0, "fill_mask": UNCOVERED}  # how a transform fills new corners
+PRESETS = {"report": _report, "jitter": _jitter, "strong": _strong}  # of `--augment`
+
+
+def train_transform(preset: str = "report") -> A.Compose | None:
+    """The transform of `--augment`, None for "none". Corners that it uncovers are 254 in the mask."""
+    return None if preset == "none" else A.Compose(PRESETS[preset]())
+
+
+def paste_pet(
+    image: np.ndarray, mask: np.ndarray, other: np.ndarray, other_mask: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Image (H, W, 3) and mask (H, W) with the pet of another image, and its boundary, over them."""
+    pet = foreground(other_mask) | (other_mask == IGNORE)
+    return np.where(pet[..., None], other, image), np.where(pet, other_mask, mask)
 
 
 def augment(

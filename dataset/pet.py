@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from dataset.augmentation import augment, train_transform
+from dataset.augmentation import augment, paste_pet, train_transform
 from dataset.cache import Cache
 from dataset.originals import REPORT, is_unchanged, read_report, relative
 from dataset.perturbation import Perturbation, choose_perturbations, sample_noise
@@ -122,6 +122,7 @@ class PetDataset(Dataset):
     cache: Cache | Path | None = None  # a cache of `records`, or the folder for one (default: beside the data)
     indices: Sequence[int] | None = None  # default: all
     transform: A.Compose | None = None
+    paste: float = 0  # probability of another pet of `indices` in an item
     seed: int = 0
     label_size: str | int | None = None
     perturbations: Sequence[Perturbation] = ()
@@ -149,8 +150,11 @@ class PetDataset(Dataset):
         epoch, sample = key if isinstance(key, tuple) else (0, key)
         index = self.indices[sample]
         record, (image, mask) = self.records[index], self.cache[index]
-        if self.transform is not None:
-            image, mask = augment(self.transform, image, mask, (self.seed, epoch, sample))
+        image, mask = self._vary(image, mask, (self.seed, epoch, sample))
+        rng = np.random.default_rng([self.seed, epoch, sample, 2])  # a stream of its own, beside the augmentation's
+        if self.paste and rng.random() < self.paste:
+            other = self.cache[self.indices[rng.integers(len(self.indices))]]
+            image, mask = paste_pet(image, mask, *self._vary(*other, (self.seed, epoch, sample, 3)))
         item = {
             "image": torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),  # (3, size, size)
             "mask": torch.from_numpy(np.ascontiguousarray(mask)),
@@ -161,6 +165,13 @@ class PetDataset(Dataset):
             item["label"] = label if self.label_size == "native" else resize_mask(label, self.label_size)
         noise = sample_noise(record.name, self.perturbations, self.size)  # faster in the loader's workers than later
         return item | {f"noise/{name}": values for name, values in noise.items()}
+
+    def _vary(self, image: np.ndarray, mask: np.ndarray, key: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        return (image, mask) if self.transform is None else augment(self.transform, image, mask, key)
+
+    def count_pixels(self) -> list[int]:
+        """How many pixels of the items' masks have each of the 256 values, before any augmentation."""
+        return sum(np.bincount(self.cache[index][1].ravel(), minlength=256) for index in self.indices).tolist()
 
 
 def split_records(records: Sequence[Record], val_fraction: float, seed: int) -> tuple[list[int], list[int]]:
@@ -200,7 +211,8 @@ def make_train_sets(
         log.info("%s holds synthetic drawings: scores are not comparable to any benchmark", config.data)
     train, val = split_records(records, config.val_fraction, config.seed)
     size, cache = config.image_size, Cache(records, config.image_size, config.cache)
-    augmented = {"indices": balance(records, train), "transform": train_transform(), "seed": config.seed}
+    augmented = {"indices": balance(records, train), "transform": train_transform(config.augment), "seed": config.seed}
+    augmented["paste"] = config.paste
     return train_class(records, size, cache=cache, **augmented), val_class(records, size, cache=cache, indices=val)
 
 

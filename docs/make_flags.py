@@ -50,6 +50,7 @@ def row(field: Field, hint: typing.Any) -> str:
     name, text, default = flag_name(field.name), describe_flag(field), "none"
     if found := re.search(r" \(default: (.*?)\)", text):
         text, default = text.replace(found[0], "", 1), found[1] if field.default is None else f"`{found[1]}`"
+        default = default.replace("; with --recipe strong: ", "`, strong: `")
     if field.metadata.get("positional"):
         name, default = field.name.upper(), "required"
     if hint is bool:

@@ -30,6 +30,8 @@ class Config(ClipConfig):
 
 def main() -> None:
     config = parse(Config, __doc__)
+    if config.boundary == "class":
+        raise InputError("--boundary class: a click selects one of two sides, a boundary is none of them")
     if config.point_encoding == "heatmap" and config.base_channels != Config.base_channels:
         raise InputError("--base-channels is for --point-encoding disk: with a heatmap CLIP's width is the decoder's")
 
@@ -41,24 +43,24 @@ def main() -> None:
     from dataset.pet_heatmap import FixedClickDataset, RandomClickDataset, click_target
     from point_clip.model import PointClip
     from utils.dataset import IGNORE
-    from utils.loss import SegmentationLoss
+    from utils.loss import make_criterion
     from utils.run import start_run
     from utils.train import StepOutput, fit
-
-    criterion = SegmentationLoss(config.loss, config.boundary)
 
     def step(model, batch):
         clicks = batch["points"].shape[1]  # on every image
         mask, on_pet = batch["mask"].repeat_interleave(clicks, dim=0), batch["on_pet"].flatten()
         negative = batch["negative_points"].flatten(0, 1) if config.point_encoding == "disk" else None
         logits = model(batch["image"], batch["points"].flatten(0, 1), negative)
-        # A boundary that is learned as background belongs to the object of a click on the background.
-        learned = torch.where(mask == IGNORE, 0, mask) if config.boundary == "background" else mask
+        # A boundary that is learned as background belongs to the object of a click on the background, else to the pet.
+        band = {"background": 0, "object": 1, "ignore": IGNORE}[config.boundary]
+        learned = torch.where(mask == IGNORE, band, mask)
         both = torch.cat([torch.zeros_like(logits), logits], dim=1)  # softmax over (0, z): ground and object
         return StepOutput(criterion(both, click_target(learned, on_pet)), logits, click_target(mask, on_pet))
 
     run = start_run(config, "point_clip")
     train_set, val_set = make_train_sets(config, RandomClickDataset, FixedClickDataset)
+    criterion, _ = make_criterion(config, train_set)
     options = {"encoding": config.point_encoding, "base_channels": config.base_channels, "skips": config.skips}
     if config.clip_seg:
         model, encoder_args = start_from(config, options)

@@ -26,11 +26,9 @@ def main() -> None:
     # Heavy imports come after parsing, so that --help answers immediately.
     from dataset.pet import make_train_sets
     from unet.model import UNet
-    from utils.loss import SegmentationLoss
+    from utils.loss import make_criterion
     from utils.run import start_run
     from utils.train import StepOutput, fit
-
-    criterion = SegmentationLoss(config.loss, config.boundary)
 
     def step(model, batch):
         logits = model(batch["image"])
@@ -38,7 +36,8 @@ def main() -> None:
 
     run = start_run(config, "unet")
     train_set, val_set = make_train_sets(config)
-    model_args = {"num_classes": len(train_set.class_table), "base_channels": config.base_channels}
+    criterion, num_classes = make_criterion(config, train_set)
+    model_args = {"num_classes": num_classes, "base_channels": config.base_channels}
     fit(UNet(**model_args), step, train_set, val_set, run, model_args)
 
 

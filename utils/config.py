@@ -41,7 +41,8 @@ REMOVED_FLAGS = {"--accumulate": "--batch-size counts the images of an optimizer
 def flag(default: Any, help: str, *, low: float = -math.inf, high: float = math.inf, **metadata: Any) -> Any:
     """A dataclass field that is a flag: `low` and `high` are the smallest and largest value allowed.
 
-    `parse` turns text into a value; `positional=True` omits the dashes; `removed` maps former values to hints.
+    `parse` turns text into a value; `positional=True` omits the dashes; `removed` maps former values to hints; `strong`
+    is the default with `--recipe strong`, where it is another.
     """
     return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, **metadata})
 
@@ -89,7 +90,11 @@ def parse_loss(text: str) -> str:
 
 @dataclass
 class TrainConfig:
-    """Flags that every train.py shares; the defaults of the recipe are the report's (docs/models.md)."""
+    """Flags that every train.py shares. Their defaults are the report's recipe; `parse` applies another `--recipe`."""
+
+    recipe: Literal["report", "strong"] = flag(
+        "report", "defaults of the other flags: the report's, or the best that results/ladder has shown"
+    )
 
     data: Path = flag(Path("Dataset"), "folder prepared by dataset/dataset_prep.py")
     cache: Path | None = flag(
@@ -106,18 +111,47 @@ class TrainConfig:
         "fits in the GPU's memory",
         parse=number_or("auto"),
     )
-    lr: float = flag(1e-4, "learning rate of Adam", low=0)
+    optimizer: Literal["adam", "adamw"] = flag("adam", "adamw: Adam with decoupled weight decay", strong="adamw")
+    lr: float = flag(1e-4, "learning rate", low=0, strong=1e-3)
     schedule: Literal["constant", "cosine"] = flag(
-        "constant", "learning-rate schedule: constant, or cosine decay to zero over --epochs"
+        "constant", "learning-rate schedule: constant, or cosine decay to zero over --epochs", strong="cosine"
     )
-    weight_decay: float = flag(0.0, "weight decay of Adam", low=0)
+    warmup: float = flag(
+        0.0, "epochs in which the learning rate rises from zero, 0.5 for half a one", low=0, strong=1.0
+    )
+    weight_decay: float = flag(0.0, "weight decay, not of norms and biases", low=0, strong=1e-2)
+    ema: float = flag(
+        0.0,
+        "validate and save an exponential moving average of the weights, with this decay (0: none)",
+        low=0,
+        high=0.99999,
+        strong=0.999,
+    )
     image_size: int = flag(256, "edge in pixels of the square that images are resized to", low=32)
     loss: str = flag(
-        "cross-entropy", "a loss of utils/loss.py, or a weighted sum such as cross-entropy+0.5*dice", parse=parse_loss
+        "cross-entropy",
+        "a loss of utils/loss.py, or a weighted sum such as cross-entropy+0.5*dice",
+        parse=parse_loss,
+        strong="cross-entropy+dice",
     )
-    boundary: Literal["background", "ignore"] = flag("background", "how the loss treats the boundary band")
+    boundary: Literal["background", "ignore", "object", "class"] = flag(
+        "background",
+        "what the loss takes the boundary band for: background, nothing, the pet or an own class; it is never scored",
+        strong="ignore",
+    )
+    augment: Literal["none", "report", "jitter", "strong"] = flag(
+        "report", "variation of the training images (dataset/augmentation.py)", strong="strong"
+    )
+    paste: float = flag(
+        0.0, "probability of pasting another training pet into a training image", low=0, high=1, strong=0.3
+    )
     val_fraction: float = flag(0.1, "share of TrainVal used for validation", low=0.001, high=0.9)
-    patience: int = flag(3, "stop after this many epochs without a better validation loss (0: never)", low=0)
+    patience: int = flag(3, "stop after this many epochs without a better validation loss (0: never)", low=0, strong=0)
+    select: Literal["loss", "miou"] = flag(
+        "loss",
+        "best.pt is the epoch with the lowest validation loss, or with the highest validation mIoU",
+        strong="miou",
+    )
     min_delta: float = flag(1e-3, "a validation loss counts as better if it is lower by at least this", low=0)
     workers: int | None = flag(
         None,
@@ -141,6 +175,10 @@ class TrainConfig:
         None, "use only this many images (before the split and the balancing), for a quick try", low=4
     )
 
+    def __post_init__(self) -> None:
+        if self.warmup and self.warmup >= self.epochs:
+            raise InputError(f"--warmup {self.warmup:g} is not shorter than --epochs {self.epochs}")
+
 
 @dataclass
 class TestConfig:
@@ -162,6 +200,7 @@ class TestConfig:
         "fp32", "floating-point format of the model, as in training"
     )
     limit: int | None = flag(None, "score only this many images, spread over all species", low=1)
+    tta: Literal["none", "flip"] = flag("none", "flip: average the probabilities with those of the mirrored image")
     images: list[Path] | None = flag(
         None, "segment these photographs (files or folders, no labels needed) instead of scoring a split"
     )
@@ -200,9 +239,10 @@ def parse(config_class: type[Config], doc: str, argv: list[str] | None = None) -
         if hint := REMOVED_FLAGS.get(argument.partition("=")[0]):
             parser.error(f"{argument} no longer exists: {hint}")
     given = vars(parser.parse_args(argv))
+    recipe = recipe_defaults(config_class, given.get("recipe", "report"))
     if not given.get("resume"):
         try:
-            return config_class(**given)
+            return config_class(**{**recipe, **given})
         except InputError as error:  # of __post_init__: flags that do not go together
             parser.error(str(error))
 
@@ -211,13 +251,21 @@ def parse(config_class: type[Config], doc: str, argv: list[str] | None = None) -
     if not settings.is_file() or not settings.stat().st_size:  # empty: the machine failed while it was written
         if trained := [path.name for path in out.rglob("*") if path.name in ("last.pt", "best.pt")]:
             raise InputError(f"--resume: {settings} is missing or empty beside {trained[0]}: restore it from a copy")
-        return config_class(**given)  # nothing was saved yet, so that a scheduler can always give --resume
+        return config_class(
+            **{**recipe, **given}
+        )  # nothing was saved yet, so that a scheduler can always give --resume
     saved = restore_fields(config_class, read_json(settings), source=settings)
     if changed := [name for name in given if name not in RESUMABLE and given[name] != saved[name]]:
         lines = "\n".join(f"  {flag_name(name)} is {saved[name]} in the run, got {given[name]}" for name in changed)
         hint = "Leave these flags out, or start a new run with another --out."
         raise InputError(f"--resume: {out} was started with other settings:\n{lines}\n{hint}")
     return config_class(**{**saved, **given, "out": out})  # the folder may have been moved since
+
+
+def recipe_defaults(config_class: type, recipe: str) -> dict[str, Any]:
+    """The defaults of `--recipe` that are not those of the fields."""
+    fields = dataclasses.fields(config_class) if recipe == "strong" else ()
+    return {field.name: field.metadata["strong"] for field in fields if "strong" in field.metadata}
 
 
 def as_plain_dict(config: Any) -> dict:
@@ -343,7 +391,8 @@ def _add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field, hin
 def describe_flag(field: dataclasses.Field) -> str:
     """The help text of a flag, with its default."""
     default = None if field.default is MISSING else field.default
-    return field.metadata["help"] + ("" if default is None or default is False else f" (default: {default})")
+    strong = f"; with --recipe strong: {field.metadata['strong']}" if "strong" in field.metadata else ""
+    return field.metadata["help"] + ("" if default is None or default is False else f" (default: {default}{strong})")
 
 
 def _checked(kind: type, metadata: Any) -> Callable[[str], Any]:

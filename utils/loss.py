@@ -7,13 +7,13 @@ or of an optimizer step does not depend on how its images are cut into batches.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from utils.config import weighted_sum
+from utils.config import TrainConfig, weighted_sum
 from utils.dataset import IGNORE, UNCOVERED, foreground
 
 
@@ -119,6 +119,17 @@ def make_losses(weights: Sequence[float] | None = None) -> dict[str, Loss]:
 
 LOSSES = make_losses()
 cross_entropy, dice_loss = LOSSES["cross-entropy"], LOSSES["dice"]
+
+
+def make_criterion(config: TrainConfig, train_set: Any) -> tuple["SegmentationLoss", int]:
+    """The loss of `--loss` and `--boundary`, and the number of classes that the model needs for it.
+
+    Only balanced losses look at the pixels of `train_set`.
+    """
+    num_classes = len(train_set.class_table)
+    pixels = train_set.count_pixels() if "balanced" in config.loss else None
+    criterion = SegmentationLoss(config.loss, config.boundary, pixels, num_classes)
+    return criterion, num_classes + (config.boundary == "class")
 
 
 class WeightedLoss:

@@ -114,7 +114,8 @@ def validate(
         sums += output.loss.sums.to(dtype)  # on the device: reading a number from it would make it wait
         formula = output.loss.formula
         if output.logits is not None:
-            confusion.update(logits_to_classes(output.logits), output.target)
+            # A boundary that is learned as a class of its own is not scored.
+            confusion.update(logits_to_classes(output.logits[:, : len(class_names)]), output.target)
     # A rank may have no image.
     parts = all_gather_objects([sums.tolist()] if formula else [])
     losses = [formula(torch.tensor(parts, dtype=torch.float64).sum(dim=0)).item()] if formula else []

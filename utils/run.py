@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from utils.config import TrainConfig, as_plain_dict
 from utils.dataset import ClassTable
@@ -82,13 +83,20 @@ class Run:
         self.settings: dict[str, dict[str, Any]] = {}  # the content of config.json and split.json
 
     def open(
-        self, model: nn.Module, optimizer: Any, stopping: EarlyStopping, model_args: dict, train_set: Any, val_set: Any
+        self,
+        model: nn.Module,
+        average: AveragedModel | None,
+        optimizer: Any,
+        stopping: EarlyStopping,
+        model_args: dict[str, Any],
+        train_set: Any,
+        val_set: Any,
     ) -> None:
-        """Lock the folder, and restore model, optimizer, early stopping and random state if the run is resumed.
+        """Lock the folder, and restore the model, its average, optimizer, early stopping and random state if resumed.
 
         InputError when another process is training into the folder, or the run has other images or another model.
         """
-        self.model, self.optimizer, self.stopping = model, optimizer, stopping
+        self.model, self.average, self.optimizer, self.stopping = model, average, optimizer, stopping
         self.model_args, self.class_table = model_args, train_set.class_table
         split = {"train": train_set.names, "val": val_set.names}
         if self.is_main:
@@ -128,7 +136,10 @@ class Run:
         if last["model_args"] != self.model_args:
             raise InputError(f"--resume: {path} holds {last['model_args']}, expected {self.model_args}")
         self._check(path, last)
-        load_model_state(self.model, last["model"])
+        load_model_state(self.model, last["trained"] if self.average else last["model"])
+        if self.average:
+            load_model_state(self.average.module, last["model"])
+            self.average.n_averaged.fill_(last["averaged"])
         groups = self.optimizer.state_dict()["param_groups"]  # this run's own settings; `fit` sets the learning rate
         self.optimizer.load_state_dict({"state": last["optimizer"]["state"], "param_groups": groups})
         self.stopping.load_state_dict(last["stopping"])
@@ -168,8 +179,9 @@ class Run:
             log.warning("%s was deleted during the training: it is made again", self.folder)
             self._write_settings()
         scores = {"val_loss": row["val_loss"], **scores}
-        if row["val_loss"] < self.best_loss:
-            self.best_loss = row["val_loss"]
+        value = self._judge(row)
+        if value < self.best_loss:
+            self.best_loss = value
             save_checkpoint(self.folder / "best.pt", self._checkpoint(scores))
         self.log.add(row)
         self._save_last(scores)
@@ -177,10 +189,28 @@ class Run:
         values = [f"{name} {row[name]:{form}}" for name, form in names.items() if row.get(name) is not None]
         log.info(f"{self.folder.name}: epoch {self.epoch}/{self.config.epochs}  {'  '.join(values)}")
 
+    def _judge(self, row: dict[str, float]) -> float:
+        """The number of an epoch that is lowest for best.pt: by `--select`, a stage without scores by its loss."""
+        iou = row.get("val_iou_mean") if self.config.select == "miou" else None
+        return row["val_loss"] if iou is None else -iou
+
+    def describe_best(self) -> str:
+        """A sentence that names the best epochs and best.pt."""
+        best = next((row for row in self.log.rows if self._judge(row) == self.best_loss), None)
+        if best is None:
+            return f"There is no {self.folder / 'best.pt'}"
+        others = []
+        for name, key, sign in (("val_loss", "val_loss", 1), ("val_iou_mean", "val_iou_mean", -1)):
+            scored = [row for row in self.log.rows if row.get(key) is not None]
+            if scored and (other := min(scored, key=lambda row: sign * row[key])) is not best:
+                others.append(f"the best {name} {other[key]:.4f} is of epoch {other['epoch']}")
+        found = f"Best epoch {best['epoch']} (val_loss {best['val_loss']:.4f}): {self.folder / 'best.pt'}"
+        return "; ".join([found, *others])
+
     def _checkpoint(self, scores: dict[str, Any]) -> dict[str, Any]:
         return {
             "model_name": self.model_name,
-            "model": model_state(self.model),
+            "model": model_state(self.average.module if self.average else self.model),
             "model_args": self.model_args,
             "class_table": self.class_table.as_plain_dict(),
             "config": as_plain_dict(self.config),
@@ -191,8 +221,12 @@ class Run:
     def _state(self) -> dict[str, Any]:
         """The parts of last.pt that a resumed run continues from, besides the log."""
         scaler = self.accelerator.scaler
+        weights = {"model": model_state(self.model)}
+        if self.average:  # `model` is what test.py scores, `trained` what the optimizer changes
+            weights = {"model": model_state(self.average.module), "trained": weights["model"]}
+            weights["averaged"] = int(self.average.n_averaged)
         return {
-            "model": model_state(self.model),
+            **weights,
             "epoch": self.epoch,
             "optimizer": self.optimizer.state_dict(),
             "stopping": self.stopping.state_dict(),

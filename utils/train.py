@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -105,28 +106,27 @@ def fit(
     config, accelerator, device, class_names = run.config, run.accelerator, run.device, train_set.class_table.names
     train_loader, val_loader = make_loaders(model, step, train_set, val_set, run)
     model = convert_sync_batchnorm(model, device).to(memory_format=torch.channels_last)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    average = AveragedModel(model, multi_avg_fn=moving_average(config.ema), use_buffers=True) if config.ema else None
+    optimizer = make_optimizer(model, config)
     stopping = EarlyStopping(config.patience, config.min_delta)
     # The wrappers for compiling and for several GPUs share the parameters of `model`. Checkpoints are saved from
     # `model`, so that the wrappers add no prefix to the names.
     wrapped, optimizer = accelerator.prepare(compile_model(model, device) if config.compile else model, optimizer)
-    run.open(model, optimizer, stopping, model_args, train_set, val_set)
+    run.open(model, average, optimizer, stopping, model_args, train_set, val_set)
     try:
         for epoch in range(run.epoch + 1, config.epochs + 1):
             if stopping.should_stop:
                 break
-            lr = learning_rate(config, epoch)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            train_loss, columns = train_one_epoch(wrapped, step, train_loader, optimizer, run, epoch)
+            train_loss, columns = train_one_epoch(wrapped, step, train_loader, optimizer, run, epoch, average)
             # Unwrapped: ranks may have different numbers of validation batches and must not wait for each other.
-            val_loss, confusion = validate(accelerator.unwrap_model(wrapped), step, val_loader, device, class_names)
+            judged = average.module if average else accelerator.unwrap_model(wrapped)
+            with accelerator.autocast():
+                val_loss, confusion = validate(judged, step, val_loader, device, class_names)
             check_finite(val_loss, f"validation loss of epoch {epoch}", config)
             stopping.update(val_loss)
             scores = confusion.scores()
             iou = {f"val_iou_{name}": value for name, value in scores["iou"].items()} if confusion.counts.any() else {}
-            row = {"epoch": epoch, "train_loss": train_loss, "val_loss": val_loss, **iou, "lr": lr, **columns}
+            row = {"epoch": epoch, "train_loss": train_loss, "val_loss": val_loss, **iou, **columns}
             run.save(row, scores)
     except KeyboardInterrupt:
         log.info("interrupted; %s holds the last complete epoch, --resume continues after it", run.folder / "last.pt")
@@ -135,17 +135,47 @@ def fit(
         run.close()
     if run.log is not None:
         reason = "the validation loss no longer improves" if stopping.should_stop else "all epochs done"
-        best = next((row for row in run.log.rows if row["val_loss"] == run.best_loss), None)
-        found = f"Best epoch {best['epoch']} (val_loss {best['val_loss']:.4f}):" if best else "There is no"
-        log.info(f"{reason}. {found} {run.folder / 'best.pt'}")
+        log.info(f"{reason}. {run.describe_best()}")
     accelerator.wait_for_everyone()  # a second stage reads the files that rank 0 wrote
 
 
-def learning_rate(config: TrainConfig, epoch: int) -> float:
-    """The learning rate of an epoch, counted from 1."""
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """Adam or AdamW over the trained parameters; vectors (norms and biases) have no weight decay."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [{"params": trained, "weight_decay": 0.0}]
+    if config.weight_decay:
+        vectors = [parameter for parameter in trained if parameter.ndim < 2]
+        matrices = [parameter for parameter in trained if parameter.ndim >= 2]
+        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    return kind(groups, lr=config.lr, fused=True)
+
+
+def learning_rate(config: TrainConfig, passed: float) -> float:
+    """The learning rate in the middle of a step, `passed` epochs after the start: linear warm-up, then the schedule."""
+    if passed < config.warmup:
+        return config.lr * passed / config.warmup
     if config.schedule == "constant":
         return config.lr
-    return config.lr * (1 + math.cos(math.pi * (epoch - 1) / config.epochs)) / 2  # Loshchilov and Hutter 2017
+    share = (passed - config.warmup) / (config.epochs - config.warmup)
+    return config.lr * (1 + math.cos(math.pi * min(share, 1))) / 2  # Loshchilov and Hutter 2017
+
+
+def moving_average(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor], None]:
+    """The update of an exponential moving average, for AveragedModel.
+
+    After n updates the decay is at most (1 + n) / (10 + n), so that the average soon forgets the first weights.
+    """
+
+    @torch.no_grad()
+    def update(averages: Sequence[Tensor], current: Sequence[Tensor], updates: Tensor) -> None:
+        weight = 1 - min(decay, (1 + updates.item()) / (10 + updates.item()))
+        if averages[0].is_floating_point():
+            torch._foreach_lerp_(averages, current, weight)
+        else:  # batch norm counts its batches
+            torch._foreach_copy_(averages, current)
+
+    return update
 
 
 def make_loaders(
@@ -225,9 +255,17 @@ def compile_model(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def train_one_epoch(
-    model: nn.Module, step: Step, loader: DataLoader, optimizer: Any, run: "Run", epoch: int
+    model: nn.Module,
+    step: Step,
+    loader: DataLoader,
+    optimizer: Any,
+    run: "Run",
+    epoch: int,
+    average: AveragedModel | None = None,
 ) -> tuple[float, dict[str, float]]:
     """One pass over `loader`; returns the mean loss per image over all ranks, and further columns of the log.
+
+    Each step has a learning rate of its own, and updates `average`.
 
     The gradient of a step is that of the loss of its whole batch, however it is cut into micro-batches and shared by
     ranks. With one micro-batch, each rank adds the sums of the others to its own. With several, the total of a ratio is
@@ -241,7 +279,11 @@ def train_one_epoch(
     title = f"{run.folder.name}: epoch {epoch}/{run.config.epochs}"
     micro_batches, count = iter(loader), None
     with tqdm(total=sampler.samples, desc=title, unit="image", leave=False, disable=not run.is_main) as bar:
-        for batch_size, parts in sampler.batches():
+        steps = sampler.batches()
+        for place, (batch_size, parts) in enumerate(steps, start=1):
+            lr = learning_rate(run.config, epoch - 1 + (place - 0.5) / len(steps))
+            for group in optimizer.param_groups:
+                group["lr"] = lr
             optimizer.zero_grad()
             batches, total, counted, step_loss = [next(micro_batches) for _ in range(parts)], None, 0, 0
             several = sampler.has_several(batch_size)
@@ -273,10 +315,13 @@ def train_one_epoch(
                 step_loss *= correction
             loss_sum += step_loss * (batch_size / ranks)
             optimizer.step()
+            if average is not None:
+                average.update_parameters(accelerator.unwrap_model(model))
     total_loss, total_images = all_reduce_sum(torch.stack([loss_sum, loss_sum.new_tensor(images)])).tolist()
     check_finite(total_loss, f"training loss in epoch {epoch}", run.config)
     seconds = time.perf_counter() - began
-    return total_loss / total_images, {"images_per_second": total_images / seconds, "seconds": seconds}
+    columns = {"lr": lr, "images_per_second": total_images / seconds, "seconds": seconds}
+    return total_loss / total_images, columns
 
 
 @torch.no_grad()

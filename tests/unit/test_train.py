@@ -23,11 +23,12 @@ from tests.helpers import (
 )
 from unet.model import UNet
 from utils import train as train_module
+from utils.config import TrainConfig, recipe_defaults
 from utils.files import InputError
 from utils.helper import load_checkpoint
 from utils.loader import EpochBatchSampler, make_loader, prepare_batch
 from utils.run import start_run
-from utils.train import EarlyStopping, TrainingLog, find_micro_batch_size
+from utils.train import EarlyStopping, TrainingLog, find_micro_batch_size, learning_rate, make_optimizer
 
 
 def test_early_stopping_counts_epochs_without_improvement():
@@ -62,6 +63,9 @@ def assert_same_run(first, second):
         assert {**one, "seconds": 0, "images_per_second": 0} == {**two, "seconds": 0, "images_per_second": 0}
     for key in ("stopping", "best_loss", "epoch"):
         assert first[key] == second[key], key
+    trained = [last.get("trained", {}) for last in (first, second)]
+    assert all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])
+    assert first.get("averaged") == second.get("averaged")
     states = (last["optimizer"]["state"].values() for last in (first, second))
     for one, two in zip(*states, strict=True):
         assert all(torch.equal(one[moment], two[moment]) for moment in ("step", "exp_avg", "exp_avg_sq"))
@@ -80,19 +84,22 @@ def interrupted_at(call):
     return step
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_resumed_run_equals_the_uninterrupted_one(prepared, tmp_path, precision):
+STRONG = recipe_defaults(TrainConfig, "strong") | {"warmup": 0.5, "ema": 0.9, "paste": 0.5}
+
+
+@pytest.mark.parametrize(("precision", "recipe"), [("fp32", {"lr": 1e-2}), ("bf16", {"lr": 1e-2}), ("fp32", STRONG)])
+def test_resumed_run_equals_the_uninterrupted_one(prepared, tmp_path, precision, recipe):
     """Bit for bit, with dropout and a learning rate that falls, after Ctrl-C in the first and in the third epoch."""
     steps = 4  # of an epoch: three to train and one to validate
 
     def train_part(folder, **settings):
         torch.manual_seed(1)
         model = nn.Sequential(UNet(**UNET_ARGS), nn.Dropout2d(0.3))
-        settings |= {"epochs": 4, "patience": 0, "lr": 1e-2, "schedule": "cosine", "precision": precision}
+        settings |= {**recipe, "epochs": 4, "patience": 0, "schedule": "cosine", "precision": precision}
         return train(prepared, tmp_path / folder, model=model, **settings)
 
     whole = train_part("whole")
-    assert [row["lr"] for row in whole["log"]] == pytest.approx([1e-2, 0.853553e-2, 0.5e-2, 0.146447e-2], rel=1e-5)
+    assert ("trained" in whole) == ("ema" in recipe)
     with pytest.raises(KeyboardInterrupt):
         train_part("parts", step=interrupted_at(2))
     assert load_checkpoint(tmp_path / "parts/last.pt", "unet")["epoch"] == 0
@@ -100,6 +107,59 @@ def test_resumed_run_equals_the_uninterrupted_one(prepared, tmp_path, precision)
         train_part("parts", step=interrupted_at(2 * steps + 2), resume=True)
     assert load_checkpoint(tmp_path / "parts/last.pt", "unet")["epoch"] == 2
     assert_same_run(train_part("parts", resume=True, workers=2), whole)
+
+
+@pytest.mark.parametrize(("schedule", "warmup"), [("constant", 0), ("cosine", 0), ("cosine", 1.5), ("constant", 0.25)])
+def test_learning_rate_of_each_step(schedule, warmup):
+    config = TrainConfig(epochs=4, lr=0.5, schedule=schedule, warmup=warmup)
+    rates = [learning_rate(config, (step + 0.5) / 8) for step in range(32)]
+    rising = [rate for step, rate in enumerate(rates) if (step + 0.5) / 8 < warmup]
+    assert rising == pytest.approx([0.5 * (step + 0.5) / 8 / warmup for step in range(len(rising))])
+    assert len(rising) == math.ceil(8 * warmup - 0.5) and all(0 < rate <= 0.5 for rate in rates)
+    rest = rates[len(rising) :]
+    assert rest == sorted(rest, reverse=True) and (rest[-1] < 0.01) == (schedule == "cosine")
+    if schedule == "cosine" and not warmup:
+        assert rates[8] == pytest.approx(0.5 * (1 + math.cos(math.pi * 8.5 / 32)) / 2)
+
+
+def test_moving_average_by_hand(prepared, tmp_path):
+    """The averaged weights are in `model`, those that the optimizer changes in `trained`."""
+    seen = []
+
+    def step(model, batch):
+        if model.training:
+            seen.append([parameter.detach().clone() for parameter in model.parameters()])
+        return segmentation_step(model, batch)
+
+    last = train(prepared, tmp_path, step=step, epochs=2, patience=0, ema=0.5)
+    names = [name for name, _ in UNet(**UNET_ARGS).named_parameters()]
+    after = [*seen[1:], [last["trained"][name] for name in names]]  # the weights after each step
+    average = after[0]
+    for number, weights in enumerate(after[1:], start=1):
+        decay = min(0.5, (1 + number) / (10 + number))
+        average = [decay * one + (1 - decay) * other for one, other in zip(average, weights)]
+    for name, expected in zip(names, average):
+        torch.testing.assert_close(last["model"][name], expected, rtol=1e-4, atol=1e-6)
+    assert last["averaged"] == len(after)
+    best = load_checkpoint(tmp_path / "best.pt")
+    assert "trained" not in best
+
+
+def test_best_checkpoint_by_loss_or_by_miou(prepared, tmp_path, caplog):
+    caplog.set_level("INFO")
+    for select, key, sign in (("loss", "val_loss", 1), ("miou", "val_iou_mean", -1)):
+        last = train(prepared, tmp_path / select, epochs=4, patience=0, lr=3e-2, select=select)
+        best = min(last["log"], key=lambda row: sign * row[key])
+        assert load_checkpoint(tmp_path / select / "best.pt")["epoch"] == best["epoch"]
+        assert f"Best epoch {best['epoch']}" in caplog.messages[-1]
+
+
+def test_vectors_have_no_weight_decay():
+    optimizer = make_optimizer(UNet(**UNET_ARGS), TrainConfig(weight_decay=0.1, optimizer="adamw"))
+    decayed, others = (group["params"] for group in optimizer.param_groups)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert all(one.ndim > 1 for one in decayed) and all(one.ndim == 1 for one in others)
+    assert len(decayed) + len(others) == len(list(UNet(**UNET_ARGS).parameters()))
 
 
 def test_longer_run_equals_the_one_with_more_epochs(prepared, tmp_path):
