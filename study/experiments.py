@@ -46,4 +46,28 @@ PRETRAINING = [
     Experiment("unet", "unet"),
 ]
 
-LISTS = {"models": EXPERIMENTS, "pretraining": PRETRAINING}
+# From the report's recipe to the strong one: each rung adds flags to those of the rung below.
+RUNGS = {
+    "report": (),
+    "ignore": ("--boundary", "ignore"),
+    "cosine": ("--schedule", "cosine", "--warmup", "1", "--patience", "0"),
+    "adamw": ("--optimizer", "adamw", "--lr", "1e-3", "--weight-decay", "0.01"),
+    "dice": ("--loss", "cross-entropy+dice"),
+    "jitter": ("--augment", "jitter"),
+    "colors": ("--augment", "strong"),
+    "average": ("--ema", "0.999"),
+    "paste": ("--paste", "0.3"),
+}
+
+
+def make_ladder() -> list[Experiment]:
+    """An experiment per rung, each compared with the one below."""
+    ladder, flags = [], {}
+    for name, added in RUNGS.items():
+        flags |= dict(zip(added[::2], added[1::2]))
+        below = ladder[-1].name if ladder else None
+        ladder.append(Experiment(name, "unet", tuple(text for pair in flags.items() for text in pair), baseline=below))
+    return ladder
+
+
+LISTS = {"models": EXPERIMENTS, "pretraining": PRETRAINING, "ladder": make_ladder()}
