@@ -18,6 +18,7 @@ class Config:
     photographs: list[Path] = flag(None, "photographs, or folders of photographs", positional=True)
     checkpoint: Path = flag(Path("runs/unet/best.pt"), "a checkpoint, or the folder of a run")
     out: Path = flag(Path("masks"), "folder for the masks")
+    tta: Literal["none", "flip"] = flag("none", "flip: average the probabilities with those of the mirrored image")
     overwrite: bool = flag(False, "also replace masks of other photographs")
     point: tuple | None = flag(None, "click for a prompted model, X,Y in pixels of each photograph", parse=parse_point)
     clip_model: str | None = flag(None, "where a frozen CLIP's weights are now (default: where they were in training)")
@@ -29,10 +30,11 @@ def main() -> None:
 
     from models import load_model
     from utils.distributed import init_distributed, print_once
-    from utils.predictor import Predictor, predict_photographs
+    from utils.predictor import FlipAverage, Predictor, predict_photographs
 
     device = init_distributed(config.device)
     model, checkpoint = load_model(config.checkpoint, device, clip_model=config.clip_model)
+    model = FlipAverage(model) if config.tta == "flip" else model
     options = {"point": config.point, "overwrite": config.overwrite}
     print_once(predict_photographs(Predictor(model, checkpoint), config.photographs, config.out, **options))
 

@@ -70,7 +70,7 @@ def predict_clicks(
 
     The statistics of the clean images are added to `statistics_of`, by name.
     """
-    model, size = test.model, test.checkpoint["config"]["image_size"]
+    model, size = test.averaged, test.checkpoint["config"]["image_size"]
     index_of = {record.name: index for index, record in enumerate(test.test_set.records)}
     photo_size = {record.name: picture_size(record.image) for record in test.test_set.records}
 

@@ -126,6 +126,7 @@ def describe(run: Run) -> dict[str, Any]:
     row: dict[str, Any] = {"run": run.title, "model": metrics["model"]}
     row |= {kind: 100 * metrics[kind]["mean"] for kind in SCORES}
     row |= {f"report_{kind}": value for kind, value in zip(SCORES, reported or ("", "", ""))}
+    row["boundary_iou"] = 100 * metrics["boundary_iou"]["mean"] if "boundary_iou" in metrics else None
     row |= {f"iou_{label}": value and 100 * value for label, value in metrics["iou"].items() if label != "mean"}
     row |= run.reconstruction["mean"]["autoencoder"] if run.reconstruction else {}  # psnr and ssim
     return row | {
@@ -150,6 +151,7 @@ def format_scores(runs: Sequence[Run]) -> str:
         if rows := [describe(run) for run in runs if run.prompted == prompted]:
             heads = {
                 "run": "run", "iou": "mIoU", "dice": "Dice", "accuracy": "accuracy", **_class_heads(rows[0]),
+                "boundary_iou": "boundary IoU",
                 "pixel_accuracy": "pixel accuracy", "baseline_iou": f"baseline mIoU ({rows[0]['baseline']})",
                 "report_iou": "report: IoU", "report_dice": "Dice", "report_accuracy": "accuracy",
             }  # fmt: skip

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,8 +35,8 @@ from utils.files import (
 from utils.helper import class_table_of, describe_environment, restore_model
 from utils.image import load_picture, resize_image, resize_mask, to_rgb
 from utils.loader import EpochBatchSampler, make_loader, prepare_batch
-from utils.metric import ConfusionMatrix, count_confusion, logits_to_classes, nan_mean
-from utils.predictor import Predictor, predict_photographs, resize_logits, save_mask
+from utils.metric import ConfusionMatrix, count_boundary, count_confusion, logits_to_classes, nan_mean
+from utils.predictor import FlipAverage, Predictor, predict_photographs, resize_logits, save_mask
 from utils.robustness import Variant, list_variants, summarize_robustness, write_robustness
 
 SYNTHETIC_NOTE = "synthetic drawings: scores are not comparable to any benchmark"
@@ -58,12 +58,16 @@ class ImagePrediction(NamedTuple):
 PredictBatch = Callable[[dict[str, Any]], Iterator[ImagePrediction]]
 
 
-def predict_classes(model: nn.Module) -> PredictBatch:
-    """Predictions of a segmenter. The logits are resized to the label's size; the label is not resized."""
+def predict_classes(model: nn.Module, num_classes: int | None = None) -> PredictBatch:
+    """Predictions of a segmenter. The logits are resized to the label's size; the label is not resized.
+
+    Logits after the first `num_classes` are dropped: those of a boundary that was learned as a class of its own.
+    """
 
     def predict(batch: dict[str, Any]) -> Iterator[ImagePrediction]:
         for logits, label in zip(model(batch["image"]), batch["label"]):
-            yield ImagePrediction(logits_to_classes(resize_logits(logits[None], label.shape)), label[None])
+            logits = resize_logits(logits[None, :num_classes], label.shape)
+            yield ImagePrediction(logits_to_classes(logits), label[None])
 
     return predict
 
@@ -73,6 +77,7 @@ class Evaluation:
     """Confusion counts of N images in V variants, row = truth, column = prediction; variant 0 is the clean image."""
 
     counts: Tensor  # (N, V, C, C) int64
+    bands: Tensor  # (N, C, 2) int64: intersection and union of each class's bands (boundary IoU), clean images
     variants: Sequence[Variant]
     class_table: ClassTable
     seconds: float  # of the whole evaluation, loading included
@@ -89,6 +94,13 @@ class Evaluation:
         """Mean IoU of each clean image, over the classes of its truth or prediction."""
         return [nan_mean(ConfusionMatrix(self.class_table.names, counts).iou()) for counts in self.counts[:, 0]]
 
+    def boundary_iou(self) -> dict[str, float | None]:
+        """Boundary IoU per class and as mean, over all clean images together; None = no such class."""
+        both, either = self.bands.sum(dim=0).double().unbind(dim=1)
+        values = (both / either).tolist()  # 0 / 0 is NaN
+        named = zip((*self.class_table.names, "mean"), (*values, nan_mean(values)))
+        return {name: None if math.isnan(value) else value for name, value in named}
+
     def metrics(self) -> dict[str, Any]:
         """The scores of all clean images together, the mean IoU per image, and the scores of the baseline."""
         per_image = sorted(iou for iou in self.image_iou if not math.isnan(iou))  # NaN: all pixels are ignored
@@ -97,6 +109,7 @@ class Evaluation:
             "images": len(self.counts),
             "pixels": int(self.counts[:, 0].sum()),
             **self.total.scores(),
+            "boundary_iou": self.boundary_iou(),
             "per_image_iou": {"mean": nan_mean(per_image), "worst_5_percent": nan_mean(worst)},
             "baseline": {"name": f"all {self.class_table.names[0]}", **self.total.baseline().scores()},
         }
@@ -133,6 +146,7 @@ def evaluate(
     class_table = class_table or test_set.class_table
     size = len(class_table)
     counts = torch.zeros(len(names), len(variants), size, size, dtype=torch.int64)
+    bands = torch.zeros(len(names), size, 2, dtype=torch.int64)
     checksums = torch.zeros(len(names), dtype=torch.int64)
     index_of = {name: index for index, name in enumerate(names)}
     sampler = EpochBatchSampler(len(names), batch_size * world_size(), shuffle=False)
@@ -150,6 +164,8 @@ def evaluate(
                 predictions = list(predict_batch(prepare_batch(inputs, device)))
                 tables = [count_confusion(image.masks, image.targets, size) for image in predictions]
                 counts[indices, number] = torch.stack(tables).cpu()
+                if variant.perturbation is None:
+                    bands[indices] = torch.stack(list(pool.map(partial(count_bands, num_classes=size), predictions)))
                 if masks and variant.perturbation is None:
                     files = [
                         (masks / fit_name(name, f"{suffix}.png"), mask.to(torch.uint8).cpu().numpy(), class_table)
@@ -158,8 +174,15 @@ def evaluate(
                     ]
                     list(pool.map(lambda file: save_mask(*file), files))  # `list` waits, and raises errors
                 bar.update(len(indices) * world_size())
-    counts, checksums = (all_reduce_sum(part.to(device)).cpu() for part in (counts, checksums))
-    return Evaluation(counts, variants, class_table, time.perf_counter() - began, names, checksums.tolist())
+    counts, bands, checksums = (all_reduce_sum(part.to(device)).cpu() for part in (counts, bands, checksums))
+    return Evaluation(counts, bands, variants, class_table, time.perf_counter() - began, names, checksums.tolist())
+
+
+def count_bands(prediction: ImagePrediction, num_classes: int) -> Tensor:
+    """The pixels (num_classes, 2) of `count_boundary`, summed over the masks of an image."""
+    pairs = zip(prediction.masks.cpu().numpy(), prediction.targets.cpu().numpy())
+    tables = [count_boundary(mask, target, num_classes) for mask, target in pairs]
+    return torch.from_numpy(sum(tables, np.zeros((num_classes, 2), np.int64)))
 
 
 class ModelTest(NamedTuple):
@@ -171,6 +194,11 @@ class ModelTest(NamedTuple):
     config: TestConfig
     device: torch.device
     precision: str = "fp32"
+
+    @property
+    def averaged(self) -> nn.Module:
+        """The model, with `--tta flip` averaged over the image and its mirror image."""
+        return FlipAverage(self.model) if self.config.tta == "flip" else self.model
 
     @property
     def note(self) -> str:
@@ -242,7 +270,7 @@ def clear_results(folder: Path, names: Sequence[str]) -> ExitStack:
 def score(test: ModelTest) -> str:
     """Score a segmenter, with masks/, confusion.png and predictions.png; returns the text of `ModelTest.write`."""
     class_table, records, out = test.test_set.class_table, test.test_set.records, test.config.results
-    evaluation = test.evaluate(predict_classes(test.model), class_table)
+    evaluation = test.evaluate(predict_classes(test.averaged, len(class_table)), class_table)
     if rank() != 0:
         return ""
     save_figure(plot_confusion(evaluation.total.counts.numpy(), class_table.names, test.note), out / "confusion.png")
@@ -278,6 +306,7 @@ def run_test(
         if config.images:
             point = getattr(config, "point", None)  # of a prompted model
             options = {"point": point, "overwrite": config.overwrite}
+            model = FlipAverage(model) if config.tta == "flip" else model
             text = predict_photographs(Predictor(model, checkpoint), config.images, config.results, **options)
         else:
             test_set = make_test_set(config, checkpoint["config"]["image_size"])
@@ -307,9 +336,10 @@ def format_scores(metrics: dict[str, Any], title: str) -> str:
     """The scores as a table in percent, with the baseline below."""
 
     def line(name: str, scores: dict[str, Any], label: str) -> str:
-        return f"  {name:22}" + "".join(f"{_percent(scores[kind][label]):>10}" for kind in ("iou", "dice", "accuracy"))
+        kinds = ("iou", "dice", "accuracy", "boundary_iou")
+        return f"  {name:22}" + "".join(f"{_percent(scores.get(kind, {}).get(label)):>14}" for kind in kinds)
 
-    lines = [title, f"  {'':22}{'IoU':>10}{'Dice':>10}{'accuracy':>10}"]
+    lines = [title, f"  {'':22}" + "".join(f"{head:>14}" for head in ("IoU", "Dice", "accuracy", "boundary IoU"))]
     lines += [line(name, metrics, name) for name in metrics["iou"]]
     lines.append(line(f"baseline, {metrics['baseline']['name']}", metrics["baseline"], "mean"))
     per_image = metrics["per_image_iou"]

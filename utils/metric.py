@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import cv2
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -32,6 +34,29 @@ def count_confusion(prediction: Tensor, target: Tensor, num_classes: int) -> Ten
     pairs = truth * num_classes + prediction.to(dtype)
     counts = torch.bincount(pairs.flatten(), minlength=(num_classes + 1) * num_classes)
     return counts.view(num_classes + 1, num_classes)[:num_classes]
+
+
+BAND = 0.02  # width of the band of boundary IoU, as a share of the image's diagonal (Cheng et al. 2021)
+
+
+def count_boundary(prediction: np.ndarray, target: np.ndarray, num_classes: int) -> np.ndarray:
+    """Pixels (num_classes, 2) int64 of prediction and target (H, W): intersection and union of each class's bands.
+
+    The band of a class is what lies in it within 2 % of the diagonal from its border or the image's. Pixels with target
+    255 belong to no class in either, so that their width does not matter.
+    """
+    radius = max(1, round(BAND * math.hypot(*target.shape)))
+    kernel, valid = np.ones((2 * radius + 1, 2 * radius + 1), np.uint8), target != IGNORE
+
+    def band(mask: np.ndarray) -> np.ndarray:
+        inner = cv2.erode(mask.astype(np.uint8), kernel, borderType=cv2.BORDER_CONSTANT, borderValue=0)
+        return mask & (inner == 0)
+
+    counts = np.zeros((num_classes, 2), np.int64)
+    for value in range(num_classes):
+        ours, theirs = (band((classes == value) & valid) for classes in (prediction, target))
+        counts[value] = (ours & theirs).sum(), (ours | theirs).sum()
+    return counts
 
 
 class ConfusionMatrix:

@@ -29,6 +29,47 @@ def resize_logits(logits: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(logits.float().contiguous(), tuple(size), mode="bilinear", align_corners=False)
 
 
+class FlipAverage(nn.Module):
+    """A model whose probabilities are the mean of those of the image and of its mirror image (`--tta flip`).
+
+    It has the interface of the model: `forward` of a segmenter, `encode` and `decode` of a model prompted by clicks.
+    The logits are the logarithms of the mean probabilities, or the log-odds of a single one.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        if hasattr(model, "decode"):
+            self.encode, self.decode = self._encode, self._decode
+
+    def forward(self, image: Tensor) -> Tensor:
+        return average_logits(self.model(image), self.model(image.flip(-1)).flip(-1))
+
+    def _encode(self, image: Tensor) -> list[Tensor]:
+        return [*self.model.encode(image), *self.model.encode(image.flip(-1))]
+
+    def _decode(
+        self, features: Sequence[Tensor], points: Tensor, image_size: Sequence[int], negative: Tensor | None = None
+    ) -> Tensor:
+        half = len(features) // 2
+        logits = self.model.decode(features[:half], points, image_size, negative)
+        mirrored = [None if one is None else mirror_points(one, image_size[1]) for one in (points, negative)]
+        flipped = self.model.decode(features[half:], mirrored[0], image_size, mirrored[1])
+        return average_logits(logits, flipped.flip(-1))
+
+
+def mirror_points(points: Tensor, width: int) -> Tensor:
+    """Points (N, 2), (x, y) in pixels, in the mirror image of an image of this width."""
+    return torch.stack([width - 1 - points[:, 0], points[:, 1]], dim=1)
+
+
+def average_logits(*parts: Tensor) -> Tensor:
+    """Logits (B, C, H, W) of the mean probabilities of several; C = 1 stands for the second of two classes."""
+    if parts[0].shape[1] == 1:
+        return torch.stack([part.float().sigmoid() for part in parts]).mean(dim=0).logit(eps=1e-6)
+    return torch.stack([part.float().softmax(dim=1) for part in parts]).mean(dim=0).clamp(min=1e-12).log()
+
+
 class Prediction(NamedTuple):
     """Classes and their probabilities at the photograph's own size, numbered as in `Predictor.class_table`."""
 
@@ -81,7 +122,7 @@ class Predictor:
             raise InputError("this model is not prompted by clicks: leave the points out")
         else:
             logits = self.model(self._image)
-        logits = resize_logits(logits, (self.picture.height, self.picture.width))
+        logits = resize_logits(logits[:, : len(self.class_table)], (self.picture.height, self.picture.width))
         # With a single logit z, softmax over (0, z) gives the probabilities of ground and object.
         both = logits if logits.shape[1] > 1 else torch.cat([torch.zeros_like(logits), logits], dim=1)
         mask = logits_to_classes(logits)[0]

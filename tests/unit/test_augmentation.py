@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
-from dataset.augmentation import SmoothElasticTransform, augment, train_transform
-from utils.dataset import UNCOVERED
+from dataset.augmentation import PRESETS, SmoothElasticTransform, augment, paste_pet, train_transform
+from utils.dataset import IGNORE, UNCOVERED
 
 
 def checkerboard(size: int = 128) -> tuple[np.ndarray, np.ndarray]:
@@ -49,6 +50,40 @@ def test_transforms_are_sampled_independently():
     assert 0.35 < np.mean(flipped) < 0.65
     assert 0.35 < np.mean(rotated) < 0.65
     assert abs(np.corrcoef(flipped, rotated)[0, 1]) < 0.25
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_keep_image_and_mask_aligned_also_when_small(preset):
+    for size in (128, 32):
+        image, mask = checkerboard(size)
+        transform = train_transform(preset)
+        for key in range(20):
+            varied, varied_mask = augment(transform, image, mask, (key,))
+            assert varied.shape == image.shape and varied.dtype == np.uint8
+            assert set(np.unique(varied_mask)) <= {0, 1, UNCOVERED}
+            inside, outside = varied_mask == 1, varied_mask == 0
+            if inside.sum() > 30 and outside.sum() > 30:
+                assert varied[inside].mean() > varied[outside].mean() + 10
+
+
+def test_jitter_changes_the_size_of_the_pet():
+    image, mask = checkerboard()
+    sizes = [(augment(train_transform("jitter"), image, mask, (key,))[1] == 1).sum() / mask.sum() for key in range(60)]
+    assert min(sizes) < 0.5 and max(sizes) > 1.6 and 0.5 < np.median(sizes) < 1.5
+
+
+def test_no_augmentation():
+    assert train_transform("none") is None
+
+
+def test_a_pasted_pet_brings_its_class_and_boundary():
+    image, mask = np.full((8, 8, 3), 10, np.uint8), np.zeros((8, 8), np.uint8)
+    mask[:2] = 1
+    other, other_mask = np.full((8, 8, 3), 200, np.uint8), np.full((8, 8), UNCOVERED, np.uint8)
+    other_mask[1:4], other_mask[4], other_mask[5] = 2, IGNORE, 0
+    pasted, pasted_mask = paste_pet(image, mask, other, other_mask)
+    assert pasted_mask[:, 0].tolist() == [1, 2, 2, 2, IGNORE, 0, 0, 0]
+    assert pasted[:, 0, 0].tolist() == [10, 200, 200, 200, 200, 10, 10, 10]
 
 
 def test_uncovered_corners_are_ignored():

@@ -53,7 +53,8 @@ def test_values_have_the_types_of_the_fields():
 BAD = (
     "--epochs 0, --epochs two, --batch-size -1, --lr nan, --lr -1, --loss hinge, --loss 0*dice, --val-fraction 1, "
     "--val-fraction 0, --device tpu, --seed -1, --epoch 3, extra, --image-size 16, --lr inf, --seed 4294967296, "
-    "--micro-batch-size some, --micro-batch-size 0"
+    "--micro-batch-size some, --micro-batch-size 0, --ema 1.5, --warmup -1, --loss dice+dice, --paste 2, --augment all, "
+    "--boundary void, --warmup 50"
 )
 
 
@@ -71,6 +72,26 @@ def test_bad_flags_end_with_code_2(config, arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
         parse(config, "doc", arguments.split())
     assert stop.value.code == 2 and re.search(message, capsys.readouterr().err)
+
+
+def test_a_recipe_is_a_set_of_defaults(tmp_path):
+    report, strong = (parse(UNetConfig, "doc", ["--recipe", name]) for name in ("report", "strong"))
+    assert report == UNetConfig(), "the defaults are the report's"
+    assert (strong.loss, strong.boundary, strong.optimizer) == ("cross-entropy+dice", "ignore", "adamw")
+    given = parse(UNetConfig, "doc", ["--recipe", "strong", "--loss", "focal"])
+    assert given.loss == "focal" and given.boundary == "ignore", "a flag that is given wins"
+    write_json(tmp_path / "config.json", as_plain_dict(given) | {"out": str(tmp_path)})
+    resume = ["--out", str(tmp_path), "--resume"]
+    assert parse(UNetConfig, "doc", resume).loss == "focal"
+    with pytest.raises(InputError, match="--recipe is strong in the run, got report"):
+        parse(UNetConfig, "doc", [*resume, "--recipe", "report"])
+
+
+def test_help_shows_both_recipes(capsys):
+    with pytest.raises(SystemExit):
+        parse(UNetConfig, "doc", ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "(default: adam; with --recipe strong: adamw)" in text
 
 
 def test_config_survives_json(tmp_path):

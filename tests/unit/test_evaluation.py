@@ -106,7 +106,9 @@ def test_worst_images_are_the_lowest_twentieth():
     correct = torch.randperm(40, generator=torch.Generator().manual_seed(0)) + 1
     counts = torch.zeros(40, 1, len(PETS), len(PETS), dtype=torch.int64)
     counts[:, 0, 0, 0], counts[:, 0, 0, 1] = correct, 100 - correct
-    metrics = Evaluation(counts, [Variant()], PETS, 1.0, [""] * 40, [0] * 40).metrics()
+    metrics = Evaluation(
+        counts, torch.zeros(40, 3, 2, dtype=torch.int64), [Variant()], PETS, 1.0, [""] * 40, [0] * 40
+    ).metrics()
     mean_iou = [number / 100 / 2 for number in range(1, 41)]  # of background and cat
     assert metrics["per_image_iou"]["mean"] == pytest.approx(np.mean(mean_iou))
     assert metrics["per_image_iou"]["worst_5_percent"] == pytest.approx(np.mean(mean_iou[:2]))

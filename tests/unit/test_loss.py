@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from utils.dataset import IGNORE
+from utils.dataset import IGNORE, UNCOVERED
 from utils.loss import LOSSES, SegmentationLoss, cross_entropy, dice_loss
 
 NAMES = [*LOSSES, "cross-entropy+0.5*dice"]
@@ -49,6 +49,47 @@ def test_boundary_is_learned_as_background(name, target):
     logits = torch.randn(2, 3, 8, 9)
     loss = SegmentationLoss(name, "background")(logits, target)
     assert torch.equal(loss.value, SegmentationLoss(name, "ignore")(logits, merged).value)
+
+
+BAND = torch.tensor([[[0, 2, IGNORE, UNCOVERED]]], dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("boundary", "target"), [("background", [0, 2, 0, IGNORE]), ("ignore", [0, 2, IGNORE, IGNORE]),
+                             ("object", [0, 2, 2, IGNORE]), ("class", [0, 2, 3, IGNORE])],
+)  # fmt: skip
+def test_boundary_modes_and_uncovered_pixels(boundary, target):
+    logits = torch.randn(1, 4 if boundary == "class" else 3, 1, 4, requires_grad=True)
+    loss = SegmentationLoss("cross-entropy", boundary)(logits, BAND).value
+    expected = F.cross_entropy(logits, torch.tensor([[target]]), ignore_index=IGNORE)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert (logits.grad[..., 3] == 0).all(), "uncovered pixels have no gradient in any mode"
+
+
+def test_balanced_weights_by_hand():
+    """8 pixels of background, 2 cats, 1 dog, 1 boundary that is background: weights 12 / (3 n)."""
+    pixels = [0] * 256
+    pixels[0], pixels[1], pixels[2], pixels[IGNORE], pixels[UNCOVERED] = 8, 2, 1, 1, 99
+    logits, target = torch.randn(1, 3, 1, 3), torch.tensor([[[0, 1, 2]]], dtype=torch.uint8)
+    loss = SegmentationLoss("balanced", "background", pixels, 3)(logits, target).value
+    weights = torch.tensor([12 / 27, 12 / 6, 12 / 3])
+    torch.testing.assert_close(loss, F.cross_entropy(logits, target.long(), weight=weights))
+
+
+def test_focal_loss_by_hand(target):
+    logits = torch.randn(2, 3, 8, 9)
+    p = logits.softmax(dim=1).gather(1, target.long()[:, None])
+    torch.testing.assert_close(LOSSES["focal"](logits, target), (-((1 - p) ** 2) * p.log()).mean())
+    assert LOSSES["focal"](logits, target) < cross_entropy(logits, target)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_half_precision_logits_are_summed_in_float32(name, target):
+    logits = 3 * torch.randn(2, 3, 8, 9)
+    half = SegmentationLoss(name, "ignore")(logits.bfloat16(), target)
+    assert half.sums.dtype == torch.float32
+    torch.testing.assert_close(half.value, SegmentationLoss(name, "ignore")(logits.bfloat16().float(), target).value)
 
 
 def test_weights_multiply_the_terms(target):

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torchmetrics.functional.classification as reference
@@ -15,7 +16,7 @@ from unet.model import UNet
 from utils.dataset import IGNORE, PETS
 from utils.loader import EpochBatchSampler, make_loader
 from utils.loss import SegmentationLoss, WeightedLoss, image_mean
-from utils.metric import ConfusionMatrix, logits_to_classes, nan_mean, validate
+from utils.metric import ConfusionMatrix, count_boundary, logits_to_classes, nan_mean, validate
 from utils.train import StepOutput
 
 
@@ -135,3 +136,44 @@ def test_validation_without_logits_is_not_scored(prepared):
     loader = make_loader(val_set, EpochBatchSampler(len(val_set), 2, shuffle=False), workers=0, device=CPU)
     loss, confusion = validate(nn.Identity(), mean_step, loader, CPU, ["one"])
     assert 0 < loss < 1 and not confusion.counts.any()
+
+
+def square(edge, low, high, value=1):
+    mask = np.zeros((edge, edge), np.uint8)
+    mask[low:high, low:high] = value
+    return mask
+
+
+def test_boundary_iou_by_hand():
+    """On 100x100 pixels the band is 2.83, so 3 pixels wide: a frame of 40x40 with 34x34 inside."""
+    target = square(100, 20, 60)
+    both, either = count_boundary(target, target, 2)[1]
+    assert both == either == 40**2 - 34**2
+    both, either = count_boundary(square(100, 21, 61), target, 2)[1]  # moved by one pixel, right and down
+    ours, theirs = (set(map(tuple, np.argwhere(frame(*edges)))) for edges in ((21, 61), (20, 60)))
+    assert (both, either) == (len(ours & theirs), len(ours | theirs))
+    assert count_boundary(np.zeros_like(target), target, 2)[1].tolist() == [0, 40**2 - 34**2]
+
+
+def frame(low, high):
+    mask = square(100, low, high)
+    mask[low + 3 : high - 3, low + 3 : high - 3] = 0
+    return mask
+
+
+def test_boundary_iou_counts_the_image_border_and_no_ignored_pixels():
+    target = square(100, 0, 40)
+    assert count_boundary(target, target, 2)[1].tolist() == [40**2 - 34**2] * 2, (
+        "the image's border is one of the pet's"
+    )
+    target[38:42, :42] = target[:42, 38:42] = IGNORE
+    for wrong in (square(100, 0, 38), square(100, 0, 42)):  # right wherever it counts
+        both, either = count_boundary(wrong, target, 2)[1]
+        assert both == either > 0
+
+
+def test_boundary_iou_falls_faster_than_iou_for_a_coarse_outline():
+    target = square(100, 20, 80)
+    coarse = square(100, 23, 77)
+    both, either = count_boundary(coarse, target, 2)[1]
+    assert both / either < 0.05 < (coarse & target).sum() / (coarse | target).sum()

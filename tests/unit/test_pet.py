@@ -151,3 +151,14 @@ def test_a_test_set_is_the_whole_split_in_the_order_of_the_names(prepared):
     assert test_set[0]["label"].shape == (24, 24) and test_set.class_table == PETS
     assert test_set.perturbations == [PERTURBATIONS["occlusion"]] and "noise/occlusion" in test_set[0]
     assert test_set.synthetic and is_synthetic(prepared)
+
+
+def test_pasted_pets_depend_on_the_sample_alone(prepared, tmp_path):
+    sets = [make_train_sets(train_config(prepared, tmp_path, paste=paste, augment="strong"))[0] for paste in (0, 1, 1)]
+    items = [[dataset[epoch, sample] for epoch in (0, 1) for sample in range(6)] for dataset in sets]
+    for one, two in zip(items[1], items[2]):
+        assert torch.equal(one["image"], two["image"]) and torch.equal(one["mask"], two["mask"])
+    changed = sum(not torch.equal(plain["mask"], pasted["mask"]) for plain, pasted in zip(items[0], items[1]))
+    assert changed > 6
+    both = sum({1, 2} <= set(item["mask"].unique().tolist()) for item in items[1])
+    assert both > 0, "a cat beside a dog"

@@ -11,8 +11,10 @@ from torch.nn import functional as F
 
 from models import MODELS
 from tests.unit.test_models import CASES, build
+from unet.model import UNet
+from utils.dataset import PETS
 from utils.files import InputError
-from utils.predictor import Predictor
+from utils.predictor import FlipAverage, Predictor
 
 SIZE = 32  # pixels of the model's image
 WIDTH, HEIGHT = 50, 37  # of the photograph
@@ -182,3 +184,37 @@ def test_clicks_that_a_model_cannot_take(predictor, photograph, points, positive
 def test_photograph_comes_first(predictor):
     with pytest.raises(InputError, match="set_image comes before predict"):
         predictor.predict(points_of(predictor))
+
+
+@each_of(*KNOWN)
+def test_flip_average_is_the_mean_of_both_probabilities(predictor, photograph):
+    """Also for clicks, which are mirrored with the image; the mean of an image and its mirror image is symmetric."""
+    photograph = photograph.resize((SIZE, SIZE))  # the model's size: resizing comes after the mean
+    mirrored = photograph.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    points = [(20.0, 9.0)] if predictor.prompted else None
+    other = points and [(SIZE - 1 - x, y) for x, y in points]
+    predictor.set_image(photograph)
+    plain = predictor.predict(points).probabilities
+    predictor.set_image(mirrored)
+    flipped = predictor.predict(other).probabilities[..., ::-1]
+    average = Predictor(
+        FlipAverage(predictor.model), CHECKPOINT | {"class_table": predictor.class_table.as_plain_dict()}
+    )
+    average.set_image(photograph)
+    found = average.predict(points).probabilities
+    np.testing.assert_allclose(found, (plain + flipped) / 2, atol=1e-4)
+    average.set_image(mirrored)
+    np.testing.assert_allclose(average.predict(other).probabilities[..., ::-1], found, atol=1e-3)
+    assert not np.allclose(plain, flipped, atol=1e-3)
+
+
+CHECKPOINT = {"config": {"image_size": SIZE}}
+
+
+def test_logits_of_a_boundary_class_are_dropped(photograph):
+    model = UNet(num_classes=4, base_channels=2).eval()
+    model.head.bias.data[3] = 100  # the boundary everywhere
+    predictor = Predictor(model, CHECKPOINT | {"class_table": PETS.as_plain_dict()})
+    predictor.set_image(photograph)
+    mask, probabilities = predictor.predict()
+    assert mask.max() < 3 and probabilities.shape[0] == 3
