@@ -53,8 +53,8 @@ def test_values_have_the_types_of_the_fields():
 BAD = (
     "--epochs 0, --epochs two, --batch-size -1, --lr nan, --lr -1, --loss hinge, --loss 0*dice, --val-fraction 1, "
     "--val-fraction 0, --device tpu, --seed -1, --epoch 3, extra, --image-size 16, --lr inf, --seed 4294967296, "
-    "--micro-batch-size some, --micro-batch-size 0, --ema 1.5, --warmup -1, --loss dice+dice, --paste 2, --augment all, "
-    "--boundary void, --warmup 50"
+    "--micro-batch-size some, --micro-batch-size 0, --ema 1.5, --warmup -1, --loss dice+dice, --paste 2, "
+    "--augment all, --boundary void, --warmup 50"
 )
 
 
