@@ -53,13 +53,17 @@ def read_config(name: str) -> CLIPVisionConfig:
     except Exception as error:  # offline, a misspelled id, no config, a damaged one
         raise _missing_weights(name, error) from error
     # Only the values are read: AutoConfig would offer to run the code that a folder may bring for an unknown type.
-    kind = plain.get("model_type")
+    kind = plain.get("model_type") if isinstance(plain, dict) else None
     if kind not in ("clip", "clip_vision_model"):
         expected = f"expected a CLIP with a vision transformer, such as {DEFAULT_CLIP}"
         raise InputError(f"--clip-model {name} is a {kind} model, {expected}")
     try:
         vision = plain.get("vision_config", {}) if kind == "clip" else plain
-        return CLIPVisionConfig.from_dict({**vision, "model_type": "clip_vision_model"})
+        config = CLIPVisionConfig.from_dict({**vision, "model_type": "clip_vision_model"})
+        sizes = [getattr(config, name) for name in ARCHITECTURE[:6]]
+        if config.num_channels != 3 or not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise ValueError(f"sizes {sizes}, {config.num_channels} channels")
+        return config
     except Exception as error:  # values of other types
         raise InputError(f"--clip-model {name} has a config.json that is no CLIP's: {error}") from error
 

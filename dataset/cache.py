@@ -1,10 +1,10 @@
 """Resized images and masks of a split, memory-mapped from one file."""
 
 import errno
-import getpass
 import hashlib
 import logging
 import math
+import os
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -45,8 +45,9 @@ class Cache:
         self._pixels: np.memmap | None = None
         base = split_dir.parent.resolve()
         # Outside of the data several data sets can share a folder: each has a subfolder.
-        subfolder = f"{base.name}-{hashlib.sha256(str(base).encode()).hexdigest()[:8]}"
-        temporary = Path(tempfile.gettempdir()) / f"pet-cache-{getpass.getuser()}" / subfolder
+        subfolder = f"{base.name}-{hashlib.sha256(os.fsencode(base)).hexdigest()[:8]}"
+        user = os.getuid() if hasattr(os, "getuid") else "user"
+        temporary = Path(tempfile.gettempdir()) / f"pet-cache-{user}" / subfolder
         places = [folder / subfolder] if folder else [split_dir.parent / "cache", temporary]
         for place in places:
             self.path = place / f"{self._prefix}{key}.u8"
@@ -93,6 +94,8 @@ class Cache:
             chunks = (records[start : start + 64] for start in range(0, len(records), 64))  # for constant memory
             contents = chain.from_iterable(pool.map(load, chunk) for chunk in chunks)
             file.writelines(tqdm(contents, f"cache {self.size}x{self.size}", len(records), leave=False, unit="image"))
+            file.flush()
+            os.fsync(file.fileno())  # else a power failure could leave a file of the right size full of zeros
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         if self._pixels is None:  # opened at first use, so that each loader worker maps the file itself

@@ -137,6 +137,8 @@ def main(argv: list[str] | None = None) -> int:
             for split in SPLITS:
                 if any(report["counts"][split].values()):
                     print(f"  {save_heatmaps(base, split)} heatmaps and masks: {base / split / 'prompt'}")
+    except BrokenPipeError:
+        raise
     except OSError as error:
         hint = "Free space or change the permissions, then run again: the originals are untouched."
         raise InputError(f"cannot read or write in {base}: {error}. {hint}") from error
@@ -218,9 +220,18 @@ def _prepare(
         "set_aside": moved,
         "fingerprint": "" if failed else _fingerprint(originals, seed, exif, class_table),  # "": prepare again
         "files": {relative(path, base): file_state(path) for path in _prepared_files(base, class_table)},
+        "originals": {relative(path, base): state for path in originals.files if (state := _try_state(path))},
     }
     write_json(base / REPORT, report)
     return report
+
+
+def _try_state(path: Path) -> str:
+    """`file_state`, or "" for a file that cannot be read."""
+    try:
+        return file_state(path)
+    except OSError:
+        return ""
 
 
 def _exif_warnings(kept: Sequence[Outcome]) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.dataset import PETS
-from utils.files import InputError, read_json
+from utils.files import InputError, is_dir, is_file, read_json
 from utils.image import HEIF_HINT, HEIF_SUFFIXES, PICTURE_SUFFIXES
 
 SPLITS = ("TrainVal", "Test")
@@ -79,6 +79,9 @@ def _find_original(base: Path) -> Originals:
             raise InputError(f"{path} is missing: {hint}")
     originals = Originals(base, "original")
     images, trimaps = _by_stem(originals, base / "images"), _by_stem(originals, trimap_folder)
+    for path in sorted((base / "images").iterdir()):
+        if is_dir(path) and path.name[0] != ".":
+            originals.leave_out(path, "a folder, which is not searched; move its pictures up")
     species, *splits = (_read_list(originals, path, images) for path in lists)
     labels = _match(originals, images, trimaps)
 
@@ -170,8 +173,8 @@ def _by_stem(originals: Originals, folder: Path) -> dict[str, Path]:
             originals.leave_out(path, f"a HEIC photograph; {HEIF_HINT}")
         elif path.suffix.lower() not in PICTURE_SUFFIXES:
             originals.leave_out(path, f"not a picture by its suffix {path.suffix!r}")
-        elif not path.is_file():
-            originals.failed.append((relative(path, originals.base), "a link that leads nowhere (to another disk?)"))
+        elif not is_file(path):
+            originals.failed.append((relative(path, originals.base), "cannot be read, or a link that leads nowhere"))
         elif path.stem in pictures:
             originals.leave_out(path, f"same name as {pictures[path.stem].name}")
         else:
@@ -216,6 +219,8 @@ def _read_text(path: Path) -> str:
     """The text of a file in UTF-8, or in UTF-16 as Windows' PowerShell writes it. Other bytes become U+FFFD."""
     content = path.read_bytes()
     encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    if 0 in content[:2]:  # UTF-16 without its mark: one byte of a Latin letter is zero
+        encoding = "utf-16-be" if content[0] == 0 else "utf-16-le"
     return content.decode(encoding, errors="replace")
 
 
@@ -223,7 +228,7 @@ def visible_files(folder: Path) -> list[Path]:
     """Files and links of a folder, sorted, without hidden ones (the original archive has many macOS `._NAME` files)."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if path.name[0] != "." and not path.is_dir())
+    return sorted(path for path in folder.iterdir() if path.name[0] != "." and not is_dir(path))
 
 
 def download(base: Path) -> None:
@@ -263,11 +268,23 @@ def relative(path: Path, base: Path) -> str:
 
 def read_report(base: Path) -> dict[str, Any]:
     """The prep_report.json of a prepared folder. InputError when it is damaged, or not of dataset/dataset_prep.py."""
-    earlier = {"classes": list(PETS.names), "failed": [], "files": {}}  # what reports of earlier versions lack
+    earlier = {"classes": list(PETS.names), "failed": [], "files": {}, "originals": {}}  # not in those of old versions
     try:
         report = earlier | read_json(base / REPORT)
-        kinds = {"fingerprint": str, "counts": dict, "classes": list, "failed": list, "files": dict, "left_out": list}
-        if wrong := [name for name, kind in kinds.items() if not isinstance(report.get(name), kind)]:
+        kinds = {"fingerprint": str, "layout": str, "counts": dict, "files": dict, "originals": dict, "classes": list}
+        kinds |= dict.fromkeys(("failed", "left_out", "converted", "warnings", "set_aside"), list)
+        wrong = [name for name, kind in kinds.items() if not isinstance(report.get(name), kind)]
+        rows = [name for name in ("failed", "left_out", "converted") if name not in wrong]
+        wrong += [
+            name
+            for name in rows
+            if not all(isinstance(row, dict) and {"file", "reason"} <= row.keys() for row in report[name])
+        ]
+        states = [state for name in ("files", "originals") if name not in wrong for state in report[name].values()]
+        wrong += (
+            [] if all(re.fullmatch(r"\d+ -?\d+ [0-9a-f]{8}", str(state)) for state in states) else ["states of files"]
+        )
+        if wrong:
             raise InputError(f"{base / REPORT} has no {', '.join(wrong)} as dataset/dataset_prep.py writes it")
         numbers = [number for split in SPLITS for number in report["counts"][split].values()]
         if not all(isinstance(number, int) for number in numbers):

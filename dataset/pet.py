@@ -17,7 +17,7 @@ from dataset.originals import REPORT, is_unchanged, read_report, relative
 from dataset.perturbation import Perturbation, choose_perturbations, sample_noise
 from utils.config import TestConfig, TrainConfig
 from utils.dataset import PETS, ClassTable
-from utils.files import InputError
+from utils.files import InputError, is_file
 from utils.image import load_picture, resize_mask
 
 log = logging.getLogger(__name__)
@@ -58,6 +58,9 @@ def find_records(
         raise InputError(f"{base_dir} was prepared with the classes {report['classes']}, not {expected}. {prepare}")
     if report["failed"]:
         log.warning("%s lacks %d files that could not be read. %s", base_dir, len(report["failed"]), prepare)
+    for name, state in report["originals"].items():  # they may be gone, as in a copy without them
+        if is_file(base_dir / name) and not is_unchanged(base_dir / name, state):
+            raise InputError(f"{base_dir / name} has changed since it was prepared. {prepare}")
     records = []
     for folder, species in class_table.species.items():
         color, label_dir = (base_dir / split / kind / folder for kind in ("color", "label"))

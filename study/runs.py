@@ -66,9 +66,21 @@ def read_run(name: str, folder: Path) -> Run:
         if not path.is_file():
             problem = "is not a run" if path.parent == folder else "has no scores"
             raise InputError(f"{folder} {problem}: {path} is missing. Train it, then score it with its model's test.py")
+    try:
+        return _read_files(name, folder, test)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise InputError(
+            f"{folder} has files that train.py and test.py did not write ({problem}): test it again"
+        ) from error
+
+
+def _read_files(name: str, folder: Path, test: Path) -> Run:
     metrics = read_json(test / "metrics.json")
     rows = [list(row.values()) for row in read_csv(test / "images.csv")]
     classes = len(metrics["iou"]) - 1  # without the mean
+    if len(rows) != metrics["images"]:
+        raise ValueError(f"images.csv has {len(rows)} rows, metrics.json {metrics['images']} images")
     return Run(
         name=name,
         folder=folder,

@@ -5,6 +5,7 @@ This file imports nothing heavy, so that every script answers `--help` immediate
 
 import argparse
 import dataclasses
+import errno
 import io
 import json
 import logging
@@ -314,6 +315,17 @@ def _make_parser(config_class: type, **options: Any) -> argparse.ArgumentParser:
     return parser
 
 
+# What to do about errors of the file system, whose own text names the file.
+REMEDIES = {
+    errno.ENOSPC: ": free space, then run again",
+    errno.EROFS: ": choose another folder",
+    errno.EACCES: ": change the permissions, or choose another folder",
+    errno.EEXIST: ": a file is where a folder must be; choose another folder",
+    errno.ENOTDIR: ": a file is where a folder must be; choose another folder",
+    errno.ENAMETOOLONG: ": choose a shorter name",
+}
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM: from a scheduler, from Docker or from `kill`. It ends a script like Ctrl-C does."""
 
@@ -346,12 +358,16 @@ def run_script(main: Callable[[], int | None]) -> None:
         word, code = ("terminated", 143) if isinstance(stop, Terminated) else ("stopped", 130)
         print(f"\n{word}", file=sys.stderr)
         sys.exit(code)
+    except BrokenPipeError:  # of `script | head`: nobody reads further
+        sys.exit(1)
     except (InputError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {error}{REMEDIES.get(getattr(error, 'errno', None), '')}")
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
             reason = (str(error).strip() or "more than there is").splitlines()[0]
-            hint = "use a smaller --micro-batch-size in training, --batch-size in testing, or --image-size"
+            hint = (
+                "use a smaller --micro-batch-size in training, --batch-size or --score-size in testing, or --image-size"
+            )
             sys.exit(f"error: out of memory: {hint} ({reason})")
         if "DataLoader worker" not in str(error):
             raise
@@ -395,6 +411,15 @@ def describe_flag(field: dataclasses.Field) -> str:
     return field.metadata["help"] + ("" if default is None or default is False else f" (default: {default}{strong})")
 
 
+def _read_path(text: str) -> Path:
+    """A path; "~" is the home unless a file has that name."""
+    path = Path(text)
+    try:
+        return path if path.exists() else path.expanduser()
+    except (OSError, RuntimeError):  # an overlong name, or "~name" that is no user's
+        return path
+
+
 def _checked(kind: type, metadata: Any) -> Callable[[str], Any]:
     low, high = metadata["low"], metadata["high"]
 
@@ -403,7 +428,7 @@ def _checked(kind: type, metadata: Any) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(f"{text} no longer exists: {metadata['removed'][text]}")
         if kind is Path and not text:
             raise argparse.ArgumentTypeError("expected a path, got nothing")
-        value = Path(text).expanduser() if kind is Path else kind(text)
+        value = _read_path(text) if kind is Path else kind(text)
         if isinstance(value, float) and not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"expected a finite number, got {text}")
         if isinstance(value, int | float) and not low <= value <= high:

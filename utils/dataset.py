@@ -47,6 +47,12 @@ class ClassTable:
     ignored: ClassRow
 
     def __post_init__(self) -> None:
+        for row in (*self.rows, self.ignored):
+            if not isinstance(row.name, str) or any(
+                len(color) != 3 or not all(isinstance(part, int) and 0 <= part <= 255 for part in color)
+                for color in (row.color, row.tint)
+            ):
+                raise InputError(f"a class needs a name and colors of three numbers in 0..255, got {row}")
         for field in ("name", "color", "tint"):
             values = [getattr(row, field) for row in (*self.rows, self.ignored)]
             if len(set(values)) < len(values) or not all(values):
@@ -114,7 +120,7 @@ class ClassTable:
         kind = {"P": "P", "PA": "P", "L": "L", "LA": "L", "RGB": "RGB", "RGBA": "RGB"}.get(label.mode)
         if kind is None:
             raise InputError(f"a label must be an indexed, grey or RGB picture, got mode {label.mode}")
-        _refuse_jpeg(label)
+        _refuse_lossy(label)
         pixels = np.asarray(label)
         if label.mode in ("PA", "LA"):
             pixels = pixels[..., 0]
@@ -137,9 +143,15 @@ class ClassTable:
 
         By color if every color belongs to a class, because programs that save RGB labels as indexed pictures assign new
         indices; by index with any other palette, unless an index has the color of another class. An index beyond the
-        palette, or whose color repeats an earlier one, is unknown: such entries fill the palette up.
+        palette, or whose color repeats an earlier one, is unknown: such entries fill the palette up. A palette of
+        distinct greys is how some programs save a grey label: then the greys count.
         """
-        colors = np.array(label.getpalette("RGB"), np.uint8).reshape(-1, 3)
+        colors = _palette_of(label)
+        if (greys := _distinct_greys(label)) is not None:
+            table, known = self._grey_table(
+                greys[np.unique(np.asarray(label)[..., :1] if label.mode == "PA" else label)]
+            )
+            return table[greys], known
         _, first = np.unique(colors, axis=0, return_index=True)
         by_color = np.full(256, _UNKNOWN, np.uint8)
         by_color[first] = self._match_colors(colors[first])
@@ -213,8 +225,11 @@ def decode_trimap(trimap: Image.Image, species: int) -> np.ndarray:
     """Classes (H, W) uint8 of an Oxford-IIIT trimap (1 pet, 2 background, 3 boundary) of a pet of class `species`."""
     if trimap.mode not in ("P", "L"):
         raise InputError(f"a trimap must be a grey picture, got mode {trimap.mode}")
-    _refuse_jpeg(trimap)
+    _refuse_lossy(trimap)
     pixels = np.asarray(trimap)
+    greys = _distinct_greys(trimap) if trimap.mode == "P" else None
+    if greys is not None and set(greys[np.unique(pixels)]) <= {1, 2, 3}:
+        pixels = greys[pixels]
     classes = _lookup_table({1: species, 2: 0, 3: IGNORE})[pixels]
     _refuse_unknown(classes, pixels, {"pet": [1], "background": [2], "boundary": [3]})
     return classes
@@ -226,9 +241,28 @@ def _lookup_table(values: dict[int, Any], table: np.ndarray | None = None) -> np
     return table
 
 
-def _refuse_jpeg(label: Image.Image) -> None:
-    if label.format in ("JPEG", "MPO"):
-        raise InputError("a JPEG, which changes the values of a label; save the label as PNG")
+def _palette_of(label: Image.Image) -> np.ndarray:
+    """The colors (N, 3) uint8 of an indexed picture."""
+    return np.array(label.getpalette("RGB"), np.uint8).reshape(-1, 3)
+
+
+def _distinct_greys(label: Image.Image) -> np.ndarray | None:
+    """The grey (256,) of each index of an indexed picture; None unless all that it uses are greys, no two the same."""
+    colors, pixels = _palette_of(label), np.asarray(label)
+    used = np.unique(pixels[..., 0] if label.mode == "PA" else pixels)
+    if used.max() >= len(colors):
+        return None
+    greys = colors[used]
+    if (greys != greys[:, :1]).any() or len(np.unique(greys[:, 0])) < len(used):
+        return None
+    return np.pad(colors[:, 0], (0, 256 - len(colors)), constant_values=_UNKNOWN)
+
+
+def _refuse_lossy(label: Image.Image) -> None:
+    """InputError for a label in a format that changes its values. Lossy WebP has RGB only, and shows by its colors."""
+    kind = "JPEG" if label.info.get("compression") == "jpeg" else label.format  # a JPEG within a TIFF
+    if kind in ("JPEG", "MPO", "JPEG2000", "AVIF", "HEIF"):
+        raise InputError(f"a {kind} file, which changes the values of a label; save the label as PNG")
 
 
 def _refuse_unknown(classes: np.ndarray, pixels: np.ndarray, known: dict[str, list]) -> None:

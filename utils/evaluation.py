@@ -255,10 +255,20 @@ def clear_results(folder: Path, names: Sequence[str]) -> ExitStack:
         lock = acquire_lock(folder / ".lock", timeout=0, busy=busy)
         for part in (folder, masks):
             remove_leftovers(part)
+        tested = (folder / "metrics.json").exists()
         for name in ("metrics.json", "robustness.json", "robustness.csv", "robustness.png"):
             (folder / name).unlink(missing_ok=True)
         listed = folder / ".masks.json"
-        for name in read_json(listed)["images"] if listed.exists() else ():
+        earlier = read_json(listed).get("images") if listed.exists() else []
+        if not isinstance(earlier, list) or any(name != Path(str(name)).name for name in earlier):
+            raise InputError(f"{listed} is not what a test wrote: choose another --out")
+        if not listed.exists() and not tested:
+            foreign = [
+                one for one in (folder / "images.csv", *(masks / fit_name(n, ".png") for n in names)) if one.exists()
+            ]
+            if foreign:
+                raise InputError(f"{foreign[0]} is there already, and of no test: choose another --out")
+        for name in earlier:
             for suffix in MASK_SUFFIXES:
                 (masks / fit_name(name, f"{suffix}.png")).unlink(missing_ok=True)
         write_json(listed, {"images": list(names)})

@@ -101,17 +101,33 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def is_file(path: Path) -> bool:
+    """Whether `path` is a file that can be reached; False where `Path.is_file` raises (permission, overlong name)."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def is_dir(path: Path) -> bool:
+    """Whether `path` is a folder that can be reached."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
 def format_csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
-    """CSV text with a header line, UTF-8."""
+    """CSV text with a header line, UTF-8; bytes of file names that are no UTF-8 stay as they are."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([columns, *rows])
-    return text.getvalue().encode()
+    return text.getvalue().encode(errors="surrogateescape")
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV file with a header line, as dicts of strings. InputError names a file that is not CSV."""
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             return list(csv.DictReader(file))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} is not CSV in UTF-8 ({error}): restore it from a copy, or make it again") from None
+    except csv.Error as error:
+        raise InputError(f"{path} is not CSV ({error}): restore it from a copy, or make it again") from None

@@ -58,7 +58,11 @@ def load_checkpoint(path: Path, model_name: str | None = None, *, default_classe
     """
     if not path.is_file():
         train = f"python {model_name.split('/')[0]}/train.py" if model_name else "run the train.py of a model"
-        hint = "a folder: give the best.pt in it" if path.is_dir() else f"no such checkpoint. Train first: {train}"
+        hint = (
+            "a folder without a best.pt: give a checkpoint"
+            if path.is_dir()
+            else f"no such checkpoint. Train first: {train}"
+        )
         raise InputError(f"{path}: {hint}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -75,12 +79,15 @@ def load_checkpoint(path: Path, model_name: str | None = None, *, default_classe
     parts = ("model", "model_args", "config")
     if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(part), dict) for part in parts):
         raise InputError(f"{path} is not a checkpoint of this repository (it has no model, model_args and config)")
+    least = {"epoch": 0, "image_size": 1, "seed": 0}
     numbers = {
         "epoch": checkpoint.get("epoch"),
         **{key: checkpoint["config"].get(key) for key in ("image_size", "seed")},
     }
-    if wrong := [f"{name} {value!r}" for name, value in numbers.items() if not isinstance(value, int)]:
-        raise InputError(f"{path} is damaged or not of this repository: {', '.join(wrong)} should be a whole number")
+    if wrong := [
+        f"{key} {value!r}" for key, value in numbers.items() if not isinstance(value, int) or value < least[key]
+    ]:
+        raise InputError(f"{path} is damaged or not of this repository: it has {', '.join(wrong)}")
     if not all(isinstance(value, Tensor) for value in checkpoint["model"].values()):
         raise InputError(f"{path} is damaged or not of this repository: its weights are not all tensors")
     found = checkpoint.get("model_name")
@@ -89,7 +96,7 @@ def load_checkpoint(path: Path, model_name: str | None = None, *, default_classe
     checkpoint.setdefault("class_table", default_classes.as_plain_dict())
     try:
         class_table_of(checkpoint)
-    except (TypeError, KeyError, InputError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, InputError) as error:
         raise InputError(f"{path} has a class table that this version cannot read: {error}") from error
     return checkpoint
 

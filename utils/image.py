@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from utils.files import InputError
+from utils.files import InputError, is_dir, is_file
 
 # Pillow warns above its limit and raises above twice the limit; `load_picture` raises above the limit, with a remedy.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -32,6 +32,7 @@ except ImportError:
 else:
     register_heif_opener()
     PICTURE_SUFFIXES |= HEIF_SUFFIXES
+HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 HEIF_HINT = "convert to JPEG, or: pip install pillow-heif"
 
 # Folders in which file servers, archives and desktops keep thumbnails and deleted files.
@@ -72,7 +73,7 @@ def _describe_unknown(path: Path) -> str:
         start = file.read(12)
     if not start:
         return "an empty file; replace it with a picture"
-    if start[4:8] == b"ftyp" and start[8:12] != b"avif":
+    if start[4:8] == b"ftyp" and start[8:12] in HEIF_BRANDS:
         return f"a HEIC photograph, which Pillow cannot read; {HEIF_HINT}"
     return "not a picture, or of a kind that Pillow cannot read; convert it to JPEG or PNG"
 
@@ -121,13 +122,13 @@ def find_pictures(paths: Sequence[Path]) -> FoundPictures:
         found.problems.append(f"{error.filename}: {error.strerror}")
 
     for given in paths:
-        if given.is_file():
+        if is_file(given):
             found.files.append((given, Path(given.name)))
             continue
-        if not given.is_dir():
+        if not is_dir(given):
             found.problems.append(f"{given}: no such file or folder")
             continue
-        for folder, subfolders, names in os.walk(given, onerror=report):
+        for folder, subfolders, names in os.walk(given, onerror=report):  # does not follow links to folders
             here = Path(folder)
             subfolders.sort()
             for name in subfolders.copy():
@@ -137,8 +138,8 @@ def find_pictures(paths: Sequence[Path]) -> FoundPictures:
             for name in sorted(names):
                 if reason := _reason_to_skip_file(here / name):
                     found.passed_over[reason] += 1
-                elif not (here / name).is_file():
-                    found.problems.append(f"{here / name}: a link that leads nowhere")
+                elif not is_file(here / name):
+                    found.problems.append(f"{here / name}: cannot be read, or a link that leads nowhere")
                 else:
                     found.files.append((here / name, (here / name).relative_to(given)))
     return found
@@ -170,7 +171,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     InputError for values that are no brightness.
     """
     if image.mode == "F" or image.mode.startswith("I"):
-        image = Image.fromarray(_scale_to_8_bits(np.asarray(image)))
+        grey, hidden = np.asarray(image), image.info.get("transparency")
+        scaled = _scale_to_8_bits(grey)
+        image = Image.fromarray(scaled if hidden is None else np.where(grey == hidden, np.uint8(255), scaled))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -181,14 +184,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _scale_to_8_bits(grey: np.ndarray) -> np.ndarray:
-    """Grey values (H, W) as uint8. The largest value tells the range: 1 (floats), or 8, 10, 12, 14, 16 or 32 bits."""
+    """Grey values (H, W) as uint8. Their range is 0 to 1 (floats), or 8, 10, 12, 14, 16 or 32 bits: the smallest that
+    holds all but a thousandth of the values (hot pixels) with a tenth to spare (overshoot of sharpening)."""
     low, high = float(grey.min()), float(grey.max())
     if not (low >= 0 and math.isfinite(high)):
         raise InputError(f"its values, {low:g} to {high:g}, are no brightness; save it with 8 bits")
     limits = [1.0] if grey.dtype.kind == "f" else []
     limits += [2**bits - 1 for bits in (8, 10, 12, 14, 16, 32)]
-    limit = next((limit for limit in limits if high <= limit), high)
-    return (grey * (255 / limit)).round().astype(np.uint8)
+    top = float(np.percentile(grey, 99.9))
+    limit = next((limit for limit in limits if top <= 1.1 * limit), high)
+    return (grey * (255 / limit)).round().clip(0, 255).astype(np.uint8)
 
 
 def resize_image(image: Image.Image, size: int) -> np.ndarray:

@@ -3,6 +3,8 @@
 import ctypes
 import os
 
+from utils.files import InputError
+
 # Parameters of mallopt, numbered in glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
@@ -39,7 +41,10 @@ def usable_cores() -> int:
 
 def processes_here() -> int:
     """The number of processes that torchrun or accelerate launch started together on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    text = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if not text.isdecimal():
+        raise InputError(f"LOCAL_WORLD_SIZE={text} is no number: start the processes with torchrun, or unset it")
+    return int(text)
 
 
 def default_workers(device: str) -> int:

@@ -186,8 +186,23 @@ def predict_photographs(
     if not files:
         raise InputError("\n".join([f"no picture in {', '.join(map(str, paths))}", *notes, *found.problems]))
     (claims,) = all_gather_objects([claim_masks(files, out, overwrite)] if rank() == 0 else [])
-    share = list(claims.masks.items())[rank() :: world_size()]
-    failed: dict[Path, str] = {}  # mask -> the reason that it is not there
+    try:
+        failed = _segment(predictor, claims.masks, out, point)
+    finally:
+        if rank() == 0:
+            release_masks(claims.masks, out)
+    failed = all_gather_objects(failed)
+    problems = [*found.problems, *claims.refused, *failed]
+    summary = "\n".join([f"{len(claims.masks) - len(failed)} pictures segmented: {out}", *notes])
+    if problems:
+        raise InputError(f"{summary}\ncould not be segmented:\n  " + "\n  ".join(problems))
+    return summary
+
+
+def _segment(predictor: Predictor, masks: dict[Path, Path], out: Path, point: tuple[float, float] | None) -> list[str]:
+    """Write this rank's share of the masks and their overlays; returns the reasons why some are not there."""
+    failed = []
+    share = list(masks.items())[rank() :: world_size()]
     for mask, photograph in tqdm(share, desc="segment", unit="image", leave=False, disable=rank() != 0):
         try:
             predictor.set_image(photograph)
@@ -196,20 +211,12 @@ def predict_photographs(
             if isinstance(error, RuntimeError) and not is_out_of_memory(error):
                 raise
             reason = "does not fit in memory; scale it down" if isinstance(error, RuntimeError) else str(error)
-            failed[mask] = reason if str(photograph) in reason else f"{photograph}: {reason}"
+            failed.append(reason if str(photograph) in reason else f"{photograph}: {reason}")
         else:
             save_mask(out / mask, classes, predictor.class_table)
             overlaid = predictor.class_table.overlay(np.asarray(predictor.picture), classes)
             save_overlay(out / mask.with_name(mask.name.removesuffix("_mask.png")), overlaid)
-    failed = dict(all_gather_objects(list(failed.items())))
-    if rank() == 0 and failed:
-        with acquire_lock(out / ".lock"):
-            write_index(out, {mask: photo for mask, photo in read_index(out).items() if mask not in failed})
-    problems = [*found.problems, *claims.refused, *failed.values()]
-    summary = "\n".join([f"{len(claims.masks) - len(failed)} pictures segmented: {out}", *notes])
-    if problems:
-        raise InputError(f"{summary}\ncould not be segmented:\n  " + "\n  ".join(problems))
-    return summary
+    return failed
 
 
 class Claims(NamedTuple):
@@ -240,13 +247,30 @@ def claim_masks(files: Sequence[tuple[Path, Path]], out: Path, overwrite: bool) 
             if others:
                 hint = "give them in two calls, with another --out each"
                 refused.append(f"{first} and {others[0]} would both be {out / mask}: {hint}")
-            elif (out / mask).exists() and not same and not overwrite:
-                whose = f"the mask of {owner}" if owner else "there already, perhaps of another photograph"
-                refused.append(f"{first}: {out / mask} is {whose}: choose another --out, or add --overwrite")
+            elif (taken := _written(out / mask)) and not same and not overwrite:
+                whose = f"of {owner}" if owner else "there already, perhaps of another photograph"
+                refused.append(f"{first}: {taken[0]} is {whose}: choose another --out, or add --overwrite")
             else:
                 masks[mask] = first
         write_index(out, index | masks)
     return Claims(masks, refused)
+
+
+def _written(mask: Path) -> list[Path]:
+    """Those of a mask and its overlay that exist."""
+    stem = mask.name.removesuffix("_mask.png")
+    return [
+        path for path in (mask, *(mask.with_name(f"{stem}_overlay.{kind}") for kind in ("jpg", "png"))) if path.exists()
+    ]
+
+
+def release_masks(masks: dict[Path, Path], out: Path) -> None:
+    """Remove masks that could not be written from the index."""
+    with acquire_lock(out / ".lock"):
+        index = read_index(out)
+        kept = {mask: one for mask, one in index.items() if mask not in masks or (out / mask).exists()}
+        if kept != index:
+            write_index(out, kept)
 
 
 def read_index(out: Path) -> dict[Path, Path]:

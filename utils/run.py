@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from utils.config import TrainConfig, as_plain_dict
+from utils.config import RESUMABLE, TrainConfig, as_plain_dict, flag_name
 from utils.dataset import ClassTable
 from utils.distributed import init_distributed, pick_precision
 from utils.figures import class_styles, save_figure
@@ -135,6 +135,10 @@ class Run:
             raise InputError(f"{path} cannot be resumed: it has no optimizer (is it a copy of best.pt?)")
         if last["model_args"] != self.model_args:
             raise InputError(f"--resume: {path} holds {last['model_args']}, expected {self.model_args}")
+        settings = as_plain_dict(self.config)
+        if other := [name for name in settings if name not in RESUMABLE and last["config"].get(name) != settings[name]]:
+            found = f"{flag_name(other[0])} {last['config'].get(other[0])}, the run {settings[other[0]]}"
+            raise InputError(f"--resume: {path} is of a run with other settings: it has {found}")
         self._check(path, last)
         load_model_state(self.model, last["trained"] if self.average else last["model"])
         if self.average:
@@ -143,11 +147,14 @@ class Run:
         groups = self.optimizer.state_dict()["param_groups"]  # this run's own settings; `fit` sets the learning rate
         self.optimizer.load_state_dict({"state": last["optimizer"]["state"], "param_groups": groups})
         self.stopping.load_state_dict(last["stopping"])
-        set_random_state(last["random_state"])
+        try:
+            set_random_state(last["random_state"])
+        except RuntimeError as error:
+            raise InputError(f"{path} cannot be resumed: its random state is damaged ({error})") from error
         if self.accelerator.scaler is not None and last["scaler"]:
             self.accelerator.scaler.load_state_dict(last["scaler"])
         self.epoch, self.best_loss = last["epoch"], last["best_loss"]
-        if self.is_main and self.epoch and not (self.folder / "best.pt").exists():
+        if self.is_main and self.epoch and not _has_content(self.folder / "best.pt"):
             log.warning("%s is missing: the best of the following epochs is saved there", self.folder / "best.pt")
             self.best_loss = math.inf
         log.info("%s: continuing after epoch %d", self.folder, self.epoch)
@@ -167,7 +174,11 @@ class Run:
         if not expected["scaler"] or not last.get("scaler"):  # only fp16 has one
             expected.pop("scaler")
         expected["log"] = [{"epoch": 1, "train_loss": 1.0, "val_loss": 1.0}] * last["epoch"]
-        if problem := find_difference(last, expected):
+        problem = find_difference(last, expected)
+        for row in () if problem else last["log"]:
+            wrong = [name for name, value in row.items() if not isinstance(value, int | float | None)]
+            problem = problem or (f"log has {wrong[0]} {row[wrong[0]]!r}" if wrong else "")
+        if problem:
             raise InputError(f"{path} cannot be resumed: {problem}. Put an intact copy back, or use another --out")
 
     def save(self, row: dict[str, float], scores: dict[str, Any]) -> None:

@@ -90,7 +90,7 @@ def test_checkpoint_of_another_architecture_is_refused(tmp_path):
 
 
 def test_folder_and_unreadable_class_table_are_named(tmp_path):
-    with pytest.raises(InputError, match=r"a folder: give the best\.pt in it"):
+    with pytest.raises(InputError, match=r"a folder without a best\.pt"):
         load_checkpoint(tmp_path, "unet")
     for table in ("x", {"rows": [{"name": "cat", "legs": 4}], "ignored": {}}):
         save_checkpoint(tmp_path / "best.pt", {**checkpoint(), "class_table": table})

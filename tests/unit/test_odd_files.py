@@ -83,6 +83,7 @@ HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(2000)
         (HEIC, r"a HEIC photograph.*convert to JPEG, or: pip install pillow-heif"),
         (b"", "an empty file; replace it with a picture"),
         (b"hello", "not a picture"),
+        (b"\0\0\0\x14ftypqt  \0\0\0\0" + bytes(99), "not a picture"),  # a film
         (b"\x89PNG\r\n\x1a\n" + bytes(50), "not a picture|damaged"),
         (b"\xff\xd8\xff\xe0\0\x10JFIF" + bytes(20), "not a picture|damaged"),
     ],
@@ -239,6 +240,25 @@ def test_pictures_that_look_alike_are_the_same_rgb(picture, seen):
     assert np.abs(difference).max() <= 1
 
 
+def test_floats_a_little_above_one_do_not_turn_black():
+    pixels = np.full((9, 9), 0.6, np.float32)
+    pixels[0] = 1.05
+    assert np.asarray(to_rgb(Image.fromarray(pixels)))[:2, 0, 0].tolist() == [255, 153]
+
+
+def test_one_hot_pixel_does_not_turn_the_others_black():
+    pixels = np.full((50, 50), 200, np.uint16)
+    pixels[0, 0] = 65535
+    rgb = np.asarray(to_rgb(Image.fromarray(pixels)))
+    assert (rgb[1:] == 200).all() and rgb[0, 0, 0] == 255
+
+
+def test_a_transparent_value_of_16_bits_is_white():
+    picture = Image.fromarray(np.array([[1000, 65535]], np.uint16))
+    picture.info["transparency"] = 1000
+    assert np.asarray(to_rgb(picture))[0, :, 0].tolist() == [255, 255]
+
+
 @pytest.mark.parametrize("value", [-1.0, np.nan, np.inf])
 def test_values_that_are_no_brightness_are_refused(value):
     with pytest.raises(InputError, match="are no brightness"):
@@ -345,6 +365,8 @@ GOOD_LABELS = {
     "index of a transparent color": (indexed([5, 5, 5] * 256, transparency=1), [[0, 0, 0, IGNORE]] * 2),
     "own palette": (indexed([0, 0, 0, 250, 50, 83, 51, 221, 255] + [7, 7, 7] * 253), CLASSES),
     "full palette": (PETS.encode_label(CLASSES), CLASSES),
+    "grey label with a palette": (indexed([0, 0, 0, 2, 2, 2], CLASSES[:, :3]), [[0, 2, 2], [0, 0, 2]]),
+    "grey label with a turned palette": (indexed([2, 2, 2, 0, 0, 0], CLASSES[:, :3]), [[2, 0, 0], [2, 2, 0]]),
 }
 
 
@@ -353,11 +375,24 @@ def test_transparent_pixels_of_a_label_are_background(label, expected, tmp_path)
     assert PETS.decode_label(reopened(label, tmp_path)).tolist() == np.asarray(expected).tolist()
 
 
-def test_labels_saved_as_jpeg_are_refused(tmp_path):
-    with pytest.raises(InputError, match="a JPEG, which changes the values"):
-        PETS.decode_label(reopened(Image.fromarray(CLASSES), tmp_path, ".jpg"))
-    with pytest.raises(InputError, match="a JPEG, which changes the values"):
-        decode_trimap(reopened(Image.new("L", (8, 8), 1), tmp_path, ".jpg"), 1)
+@pytest.mark.parametrize(
+    ("suffix", "options"), [(".jpg", {}), (".jp2", {}), (".avif", {}), (".tif", {"compression": "jpeg"})]
+)
+def test_labels_in_lossy_formats_are_refused(tmp_path, suffix, options):
+    Image.new("L", (16, 16), 1).save(tmp_path / f"label{suffix}", **options)
+    label = load_picture(tmp_path / f"label{suffix}")
+    for decode in (PETS.decode_label, lambda label: decode_trimap(label, 1)):
+        with pytest.raises(InputError, match="which changes the values of a label; save the label as PNG"):
+            decode(label)
+
+
+def test_a_trimap_with_a_palette_of_its_values_is_read_by_them():
+    trimap = Image.fromarray(np.array([[0, 1, 2]], np.uint8))
+    trimap.putpalette([2, 2, 2, 1, 1, 1, 3, 3, 3])
+    assert decode_trimap(trimap, 1).tolist() == [[0, 1, IGNORE]]
+    shown = Image.fromarray(np.array([[1, 2, 3]], np.uint8))
+    shown.putpalette([0, 0, 0, 255, 255, 255, 0, 0, 0, 128, 128, 128])  # to look at: the indices count
+    assert decode_trimap(shown, 1).tolist() == [[1, 0, IGNORE]]
 
 
 def test_the_report_names_the_label_file_its_values_and_the_known_ones(prepared, tmp_path):
@@ -483,7 +518,7 @@ def test_the_mask_of_another_photograph_is_never_replaced(predictor, tmp_path):
     make(first, second, tmp_path / "day2/IMG_2.png")
     predict_photographs(predictor, [first], out)
     before = (out / "IMG_1_mask.png").stat().st_mtime_ns
-    with pytest.raises(InputError, match=r"(?s)1 pictures .*IMG_1_mask\.png is the mask of .*day1.*--overwrite"):
+    with pytest.raises(InputError, match=r"(?s)1 pictures .*IMG_1_mask\.png is of .*day1.*--overwrite"):
         predict_photographs(predictor, [tmp_path / "day2"], out)
     assert (out / "IMG_1_mask.png").stat().st_mtime_ns == before and (out / "IMG_2_mask.png").exists()
     predict_photographs(predictor, [first], out)  # the same photograph again
@@ -493,10 +528,13 @@ def test_the_mask_of_another_photograph_is_never_replaced(predictor, tmp_path):
     with pytest.raises(InputError, match="would both be"):
         predict_photographs(predictor, [first, second], tmp_path / "other")
     (tmp_path / "third").mkdir()
-    (tmp_path / "third/IMG_1_mask.png").write_bytes(b"someone's own file")
-    with pytest.raises(InputError, match="is there already"):
-        predict_photographs(predictor, [first], tmp_path / "third")
-    assert (tmp_path / "third/IMG_1_mask.png").read_bytes() == b"someone's own file"
+    for name in ("IMG_1_mask.png", "IMG_1_overlay.jpg", "IMG_1_overlay.png"):
+        out = tmp_path / name
+        out.mkdir()
+        (out / name).write_bytes(b"someone's own file")
+        with pytest.raises(InputError, match=rf"{name} is there already"):
+            predict_photographs(predictor, [first], out)
+        assert (out / name).read_bytes() == b"someone's own file"
 
 
 def test_an_interrupted_call_can_be_repeated(predictor, tmp_path, monkeypatch):
@@ -529,6 +567,30 @@ def change_lists(base: Path, change, encoding="utf-8") -> None:
 def test_lists_match_where_that_is_unambiguous(base, change, encoding):
     change_lists(base, change, encoding)
     assert left_out(base) == {}
+
+
+def test_utf_16_without_its_mark(base):
+    change_lists(base, lambda text: text, "utf-16-le")
+    assert left_out(base) == {}
+
+
+def test_a_folder_among_the_photographs_is_named(base):
+    (base / "images/more").mkdir()
+    assert left_out(base) == {"images/more": "a folder, which is not searched; move its pictures up"}
+
+
+def test_names_that_are_no_utf_8_are_segmented(predictor, tmp_path):
+    name = os.fsdecode(b"ch\xe4t.png")
+    make(tmp_path / "in" / name, tmp_path / "in/z.png")
+    for _ in range(2):
+        assert "2 pictures" in predict_photographs(predictor, [tmp_path / "in"], tmp_path / "out")
+    assert (tmp_path / "out" / os.fsdecode(b"ch\xe4t_mask.png")).exists()
+
+
+def test_a_path_that_cannot_be_reached_is_named(predictor, tmp_path):
+    make(tmp_path / "z.png")
+    with pytest.raises(InputError, match=r"(?s)1 pictures segmented.*x: no such file or folder"):
+        predict_photographs(predictor, [Path("x" * 300), tmp_path / "z.png"], tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["my cat", "Kätzchen", unicodedata.normalize("NFD", "Kätzchen"), "cat 1 2", "$5|6"])

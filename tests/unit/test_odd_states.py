@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from clip_seg.weights import load_vision, read_config
+from clip_seg.weights import load_vision, random_vision, read_config
 from dataset import cache as cache_module
 from dataset.cache import Cache
 from dataset.dataset_prep import prepare
@@ -53,8 +53,15 @@ CHANGES = {
     "a prepared photograph replaced": lambda base: turn(base / "Test/color/dogs/synthetic_dog_2.jpg"),
     "a label painted over": lambda base: Image.new("L", (64, 48)).save(base / "Test/label/dogs/synthetic_dog_2.png"),
     "a byte changed": lambda base: flip_last_byte(base / "Test/label/dogs/synthetic_dog_2.png"),
+    "an original replaced": lambda base: replace_by_a_copy(base / "annotations/trimaps/synthetic_dog_2.png"),
     "a file cut short": lambda base: os.truncate(base / "images/synthetic_dog_2.jpg", 1000),
 }
+
+
+def replace_by_a_copy(path):
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content + b"more")
 
 
 def flip_last_byte(path):
@@ -79,6 +86,18 @@ def test_other_times_alone_do_not_matter(base):
     assert len(find_records(base, "Test")) == 12
 
 
+EDITS = [{"warnings": None}, {"layout": 3}, {"left_out": ["a"]}, {"failed": ["x"]}, {"files": {"a": "abc"}}]
+
+
+@pytest.mark.parametrize("change", EDITS, ids=str)
+def test_an_edited_report_is_named(base, change):
+    prepare(base)
+    path = base / "prep_report.json"
+    write_json(path, {key: value for key, value in (read_json(path) | change).items() if value is not None})
+    with pytest.raises(InputError, match=r"prep_report\.json has no .*Move it away, then run"):
+        prepare(base)
+
+
 @pytest.mark.parametrize("content", ["{}", "[]", "null", '{"counts": {"Test": {}}}', '{"fingerprint": 3}', "\xff", ""])
 @pytest.mark.parametrize("call", [prepare, lambda base: find_records(base, "Test")], ids=["prepare", "find_records"])
 def test_a_foreign_report_is_named(base, content, call):
@@ -96,10 +115,11 @@ def test_a_foreign_points_file_is_named(prepared, tmp_path, content):
         read_points(find_records(data, "Test"))
 
 
-def test_a_deleted_best_checkpoint_is_not_announced(prepared, tmp_path, caplog):
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"")], ids=["deleted", "empty"])
+def test_a_deleted_best_checkpoint_is_not_announced(prepared, tmp_path, caplog, damage):
     caplog.set_level("INFO")
     train(prepared, tmp_path, epochs=1)
-    (tmp_path / "best.pt").unlink()
+    damage(tmp_path / "best.pt")
     train(prepared, tmp_path, epochs=1, resume=True)
     assert "best.pt is missing" in caplog.text and "There is no" in caplog.messages[-1]
     train(prepared, tmp_path, epochs=2, resume=True)
@@ -304,6 +324,27 @@ def test_masks_of_an_earlier_larger_test_and_leftovers_are_removed(tmp_path):
     assert not (tmp_path / "metrics.json").exists()
 
 
+@pytest.mark.parametrize("content", ["{}", '{"images": ["../../precious"]}', '{"images": [3]}', "[]", ""])
+def test_an_edited_list_of_masks_deletes_nothing_else(tmp_path, content):
+    results = tmp_path / "run/test"
+    clear_results(results, ["a"]).close()
+    (tmp_path / "precious.png").touch()
+    (results / ".masks.json").write_text(content)
+    with pytest.raises(InputError, match=r"\.masks\.json"):
+        clear_results(results, ["a"])
+    assert (tmp_path / "precious.png").exists()
+
+
+@pytest.mark.parametrize("name", ["masks/a.png", "images.csv"])
+def test_files_that_no_test_wrote_are_never_replaced(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    with pytest.raises(InputError, match="is there already, and of no test"):
+        clear_results(tmp_path, ["a"])
+    (tmp_path / "metrics.json").touch()  # of a test of an earlier version
+    clear_results(tmp_path, ["a"]).close()
+
+
 def test_leftovers_of_a_killed_cache_are_removed(base):
     prepare(base)
     (base / "cache").mkdir()
@@ -358,20 +399,34 @@ def json_like_copy(value):
     return [json_like_copy(part) for part in value] if isinstance(value, list) else value
 
 
-BAD_STATES = [
-    (place, value)
-    for place, values in {
-        "epoch": ("1", None, 1.5), "model": ([], {}), "model.output.weight": ("x", torch.zeros(1), None),
-        "optimizer": ([], {}), "optimizer.state": ({}, 3), "optimizer.state.0": ([], {}),
-        "optimizer.state.0.exp_avg": (torch.zeros(2), torch.zeros(4, dtype=torch.int64), 1.0, None),
-        "optimizer.state.0.exp_avg_sq": (torch.zeros(2),), "optimizer.state.0.step": ("x", torch.zeros(3)),
-        "stopping": ([], {}), "stopping.best": ("low", math.nan), "stopping.bad_epochs": (None, "2"),
-        "random_state": ([], {}), "random_state.cpu": (torch.zeros(3), "x"), "random_state.cuda": (3,),
-        "best_loss": ("x", math.nan, None), "log": ({}, [], [3], None), "log.0.val_loss": ("x", None),
-        "config": ([], None), "config.image_size": ("big",), "class_table": (3, {}), "model_args": ({}, 3),
-    }.items()
-    for value in values
-]  # fmt: skip
+BAD_PARTS = {
+    "epoch": ("1", None, 1.5, -1),
+    "model": ([], {}),
+    "model.output.weight": ("x", torch.zeros(1), None),
+    "optimizer": ([], {}),
+    "optimizer.state": ({}, 3),
+    "optimizer.state.0": ([], {}),
+    "optimizer.state.0.exp_avg": (torch.zeros(2), torch.zeros(4, dtype=torch.int64), 1.0, None),
+    "optimizer.state.0.exp_avg_sq": (torch.zeros(2),),
+    "optimizer.state.0.step": ("x", torch.zeros(3)),
+    "stopping": ([], {}),
+    "stopping.best": ("low", math.nan),
+    "stopping.bad_epochs": (None, "2"),
+    "random_state": ([], {}),
+    "random_state.cpu": (torch.zeros(3), "x", torch.zeros(5056, dtype=torch.uint8)),
+    "random_state.cuda": (3,),
+    "best_loss": ("x", math.nan, None),
+    "log": ({}, [], [3], None),
+    "log.0.val_loss": ("x", None),
+    "log.0.val_iou_cat": ("x",),
+    "config": ([], None),
+    "config.image_size": ("big", 0),
+    "class_table": (3, {}),
+    "class_table.rows.0.tint": ([1, 2], "red"),
+    "class_table.rows.0.name": (5,),
+    "model_args": ({}, 3),
+}
+BAD_STATES = [(place, value) for place, values in BAD_PARTS.items() for value in values]
 
 
 @pytest.mark.parametrize(("place", "value"), BAD_STATES)
@@ -391,6 +446,14 @@ def test_a_changed_field_of_the_last_checkpoint_is_named(prepared, one_epoch, tm
     with pytest.raises(InputError, match=r"last\.pt"):
         train(prepared, out, epochs=2, resume=True)
     assert (out / "best.pt").read_bytes() == before
+
+
+def test_a_checkpoint_of_another_run_is_refused(prepared, one_epoch, tmp_path):
+    train(prepared, tmp_path / "other", epochs=1, seed=1, lr=0.01)
+    out = shutil.copytree(one_epoch, tmp_path / "run")
+    shutil.copy(tmp_path / "other/last.pt", out)
+    with pytest.raises(InputError, match=r"last\.pt is of a run with other settings: it has --lr 0\.01"):
+        train(prepared, out, epochs=2, resume=True)
 
 
 @pytest.mark.parametrize("files", [["last.pt"], ["last.pt", "log.csv"], ["last.pt", "best.pt"]])
@@ -505,6 +568,15 @@ def test_a_cache_that_vanished_is_named(base, damage):
 # --- Code in a model's folder
 
 
+@pytest.mark.parametrize("change", [{"patch_size": 0}, {"num_channels": 1}, {"hidden_size": "x"}, [], 3])
+def test_a_damaged_clip_config_is_one_line(clip_folder, tmp_path, change):
+    content = read_json(clip_folder / "config.json")
+    write_json(tmp_path / "config.json", content | change if isinstance(change, dict) else change)
+    for call in (read_config, random_vision):
+        with pytest.raises(InputError, match="--clip-model"):
+            call(str(tmp_path))
+
+
 @pytest.mark.parametrize("kind", ["mystery", "clip_mystery", "resnet", 3, None])
 def test_code_in_a_model_folder_is_neither_run_nor_offered(tmp_path, monkeypatch, kind):
     config = {"model_type": kind, "auto_map": {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}}
@@ -542,6 +614,7 @@ def test_an_empty_path_is_an_error_and_a_tilde_the_home(name, capsys):
         parse(TrainConfig, "doc", [f"--{name}", ""])
     assert stop.value.code == 2 and f"--{name}: expected a path, got nothing" in capsys.readouterr().err
     assert getattr(parse(TrainConfig, "doc", [f"--{name}", "~/r"]), name) == Path.home() / "r"
+    assert getattr(parse(TrainConfig, "doc", [f"--{name}", "~nobody.jpg"]), name) == Path("~nobody.jpg")
 
 
 def test_a_run_folder_names_its_checkpoint(tmp_path):
