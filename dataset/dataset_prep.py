@@ -30,7 +30,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -219,19 +219,25 @@ def _prepare(
         ],
         "set_aside": moved,
         "fingerprint": "" if failed else _fingerprint(originals, seed, exif, class_table),  # "": prepare again
-        "files": {relative(path, base): file_state(path) for path in _prepared_files(base, class_table)},
-        "originals": {relative(path, base): state for path in originals.files if (state := _try_state(path))},
+        **_states(base, files=_prepared_files(base, class_table), originals=originals.files),
     }
     write_json(base / REPORT, report)
     return report
 
 
-def _try_state(path: Path) -> str:
-    """`file_state`, or "" for a file that cannot be read."""
-    try:
-        return file_state(path)
-    except OSError:
-        return ""
+def _states(base: Path, **groups: Sequence[Path]) -> dict[str, dict[str, str]]:
+    """The `file_state` of each file that can be read, by its path below `base`; hard links are read once."""
+    seen: dict[tuple[int, int], str] = {}
+    found: dict[str, dict[str, str]] = {group: {} for group in groups}
+    for group, paths in groups.items():
+        for path in paths:
+            with suppress(OSError):
+                status = path.stat()
+                inode = (status.st_dev, status.st_ino)
+                if inode not in seen:
+                    seen[inode] = file_state(path)
+                found[group][relative(path, base)] = seen[inode]
+    return found
 
 
 def _exif_warnings(kept: Sequence[Outcome]) -> list[str]:

@@ -177,6 +177,10 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
+        try:
+            os.fspath(self.out).encode()
+        except UnicodeEncodeError:
+            raise InputError(f"--out {self.out!r} is no UTF-8, which TensorBoard needs: choose another name") from None
         if self.warmup and self.warmup >= self.epochs:
             raise InputError(f"--warmup {self.warmup:g} is not shorter than --epochs {self.epochs}")
 
