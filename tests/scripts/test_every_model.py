@@ -35,9 +35,9 @@ def config_fields(experiment: Experiment, script: str) -> set[str]:
 
 
 def tiny_flags(experiment: Experiment, clip_folder: Path) -> list[object]:
-    """One epoch of a tiny model, with the flags that its train.py has and the experiment does not refuse."""
+    """One epoch of a tiny model by the strong recipe, with the flags that its train.py has and the experiment takes."""
     known = config_fields(experiment, "train")
-    values = dict(zip(TINY[::2], TINY[1::2])) | {"--val-fraction": 0.25}
+    values = dict(zip(TINY[::2], TINY[1::2])) | {"--val-fraction": 0.25, "--recipe": "strong", "--warmup": 0.5}
     values |= {flag_name(name): 1 for name in known if name.endswith("epochs")}
     values |= {flag_name(name): clip_folder for name in known if name == "clip_model"}
     takes = {flag_name(name) for name in known} - set(experiment.refuses)
@@ -198,7 +198,7 @@ def test_figures_of_a_test_are_pictures(scores):
 def test_photographs_get_the_same_masks_from_both_scripts(trained, prepared, tmp_path):
     """test.py --images with the checkpoint, and predict.py with the run folder and with the checkpoint."""
     photographs = [record.image for record in find_records(prepared, "Test")[:2]]
-    device = ["--device", "cpu", *trained.point]
+    device = ["--device", "cpu", "--tta", "flip", *trained.point]
     succeed(trained.script, "--checkpoint", trained.checkpoint, "--images", *photographs, "--out", tmp_path / "test",
             *device)  # fmt: skip
     contents = {path.name: path.read_bytes() for path in (tmp_path / "test").glob("[!.]*")}

@@ -27,9 +27,12 @@ from tests.helpers import (
     without_batch_norm,
 )
 from unet.model import UNet
+from utils.config import TrainConfig, recipe_defaults
 from utils.files import read_csv, read_json
 from utils.helper import load_checkpoint
 
+STRONG = recipe_defaults(TrainConfig, "strong") | {"warmup": 0.5, "ema": 0.9, "paste": 0.5}
+STRONG["schedule"] = "constant"  # a cosine depends on --epochs, which the test changes
 TRAIN = """
 import json, sys
 from pathlib import Path
@@ -46,15 +49,19 @@ destroy_distributed()
 
 
 @pytest.mark.parametrize(
-    ("step", "precision", "tolerance"),
-    [(every_pixel_step, "fp32", 1e-5), (pooled_step, "fp32", 1e-5), (pooled_step, "bf16", 5e-3)],
+    ("step", "precision", "tolerance", "recipe"),
+    [
+        (every_pixel_step, "fp32", 1e-5, {}),
+        (pooled_step, "fp32", 1e-5, STRONG),
+        (pooled_step, "bf16", 5e-3, {}),
+    ],
 )
-def test_losses_are_independent_of_the_processes(prepared, tmp_path, step, precision, tolerance):
+def test_losses_are_independent_of_the_processes(prepared, tmp_path, step, precision, tolerance, recipe):
     """Also with micro-batches, and when a run is resumed with another number; batches of 10 images and of 2."""
     (tmp_path / "train.py").write_text(TRAIN)
 
     def train_with(name: str, processes: int, **settings: Any) -> list[float]:
-        settings = {"batch_size": 10, "lr": 1e-2, "patience": 0, "precision": precision, **settings}
+        settings = {"batch_size": 10, "lr": 1e-2, "patience": 0, "precision": precision, **recipe, **settings}
         if processes == 1:
             train(prepared, tmp_path / name, step=step, model=without_batch_norm(), **settings)
         else:
