@@ -70,4 +70,20 @@ def make_ladder() -> list[Experiment]:
     return ladder
 
 
-LISTS = {"models": EXPERIMENTS, "pretraining": PRETRAINING, "ladder": make_ladder()}
+# What the U-Net's options, losses and boundary modes bring, each alone on the strong recipe.
+OPTIONS = {
+    "strong": (), "residual": ("--residual",), "attention": ("--attention",), "deep": ("--deep-supervision",),
+    "cross-entropy": ("--loss", "cross-entropy"), "balanced": ("--loss", "balanced"), "focal": ("--loss", "focal"),
+    "boundary-background": ("--boundary", "background"), "boundary-object": ("--boundary", "object"),
+    "boundary-class": ("--boundary", "class"),
+}  # fmt: skip
+
+LISTS = {
+    "models": EXPERIMENTS,
+    "pretraining": PRETRAINING,
+    "ladder": make_ladder(),
+    "options": [
+        Experiment(name, "unet", ("--recipe", "strong", *flags), baseline="strong" if flags else None)
+        for name, flags in OPTIONS.items()
+    ],
+}

@@ -40,6 +40,33 @@ class DoubleConv(nn.Sequential):
         super().__init__(*layers)
 
 
+class ResidualConv(nn.Module):
+    """A DoubleConv without its last ReLU, plus its input (through a 1x1 convolution), then ReLU (He et al. 2016)."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.body = nn.Sequential(*list(DoubleConv(in_channels, out_channels))[:-1])
+        self.shortcut = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels))
+        self.activation = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.body(x) + self.shortcut(x))
+
+
+class AttentionGate(nn.Module):
+    """A skip, weighted per pixel by its agreement with the decoder's features (Oktay et al. 2018)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        inner = max(1, channels // 2)
+        self.skip, self.gate = nn.Conv2d(channels, inner, 1, bias=False), nn.Conv2d(channels, inner, 1)
+        self.weight = nn.Conv2d(inner, 1, 1)
+
+    def forward(self, skip: Tensor, gate: Tensor) -> Tensor:
+        """`skip` and `gate` (B, channels, H, W) -> the weighted skip, of the same shape."""
+        return skip * torch.sigmoid(self.weight(torch.relu(self.skip(skip) + self.gate(gate))))
+
+
 class ClassHead(nn.Conv2d):
     """1x1 convolution to class logits that starts without a preference for any class.
 
@@ -55,13 +82,27 @@ class ClassHead(nn.Conv2d):
 
 
 class UpBlock(nn.Module):
-    """Transposed 2x2 convolution that doubles height and width, then a DoubleConv over it and the skip, if any."""
+    """Transposed 2x2 convolution that doubles height and width, then a DoubleConv over it and the skip, if any.
 
-    def __init__(self, in_channels: int, out_channels: int, *, skip_channels: int = 0):
+    `residual`: a ResidualConv instead. `attention`: the skip, which has `out_channels`, goes through an AttentionGate.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        skip_channels: int = 0,
+        residual: bool = False,
+        attention: bool = False,
+    ):
         super().__init__()
         self.up = nn.ConvTranspose2d(in_channels, out_channels, 2, stride=2)
-        self.conv = DoubleConv(out_channels + skip_channels, out_channels)
+        self.attention = AttentionGate(out_channels) if attention else None
+        self.conv = (ResidualConv if residual else DoubleConv)(out_channels + skip_channels, out_channels)
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
         x = self.up(x)  # (B, out, 2H, 2W)
+        if self.attention is not None:
+            skip = self.attention(skip, x)
         return self.conv(x if skip is None else torch.cat([skip, x], dim=1))

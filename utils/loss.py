@@ -139,17 +139,24 @@ class WeightedLoss:
         self.terms = [(weight, losses[name]) for name, weight in weighted_sum(text, losses).items()]
 
     def __call__(self, prediction: Tensor, target: Tensor) -> LossSums:
-        parts = [loss.sums(prediction, target) for _, loss in self.terms]
-        if len(kinds := {loss.counts for _, loss in self.terms}) == 1 and kinds <= {"pixels", "images"}:
-            total = torch.stack([weight * part[0] for (weight, _), part in zip(self.terms, parts)]).sum()
-            count = target.numel() if kinds == {"pixels"} else len(target)
-            return LossSums(torch.stack([total, parts[0][1]]), ratio, count)
+        counts = {"pixels": target.numel(), "images": len(target)}
+        sums = [LossSums(one.sums(prediction, target), one.formula, counts.get(one.counts)) for _, one in self.terms]
+        return add_losses([(weight, part) for (weight, _), part in zip(self.terms, sums)])
 
-        def formula(sums: Tensor) -> Tensor:
-            split = sums.split([len(part) for part in parts])
-            return torch.stack([weight * loss.formula(part) for (weight, loss), part in zip(self.terms, split)]).sum()
 
-        return LossSums(torch.cat(parts), formula, None)
+def add_losses(weighted: Sequence[tuple[float, LossSums]]) -> LossSums:
+    """The weighted sum of losses of the same images; of ratios with the same count, it is one ratio."""
+    weights, losses = zip(*weighted)
+    counts = {loss.count for loss in losses}
+    if len(counts) == 1 and None not in counts:
+        total = torch.stack([weight * loss.sums[0] for weight, loss in weighted]).sum()
+        return LossSums(torch.stack([total, losses[0].sums[1]]), ratio, losses[0].count)
+
+    def formula(sums: Tensor) -> Tensor:
+        parts = sums.split([len(loss.sums) for loss in losses])
+        return torch.stack([weight * loss.formula(part) for weight, loss, part in zip(weights, losses, parts)]).sum()
+
+    return LossSums(torch.cat([loss.sums for loss in losses]), formula, None)
 
 
 class SegmentationLoss:

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from utils.dataset import IGNORE, UNCOVERED
-from utils.loss import LOSSES, SegmentationLoss, cross_entropy, dice_loss
+from utils.loss import LOSSES, SegmentationLoss, add_losses, cross_entropy, dice_loss
 
 NAMES = [*LOSSES, "cross-entropy+0.5*dice"]
 
@@ -97,6 +97,17 @@ def test_weights_multiply_the_terms(target):
     expected = 0.25 * cross_entropy(logits, target) + 2 * dice_loss(logits, target)
     loss = SegmentationLoss("0.25*cross-entropy+2*dice", "ignore")(logits, target)
     assert loss.value.item() == pytest.approx(expected.item())
+
+
+@pytest.mark.parametrize("names", [("focal", "cross-entropy"), ("dice", "cross-entropy"), ("dice", "dice")])
+def test_losses_of_several_outputs_add_up(names, target):
+    """As with deep supervision; of two ratios with the same count it is a ratio again."""
+    target[0, :3] = IGNORE
+    outputs = torch.randn(2, 2, 3, 8, 9)
+    losses = [SegmentationLoss(name, "ignore")(logits, target) for name, logits in zip(names, outputs)]
+    total = add_losses([(1, losses[0]), (0.5, losses[1])])
+    torch.testing.assert_close(total.value, losses[0].value + 0.5 * losses[1].value)
+    assert (total.count is None) == ("dice" in names)
 
 
 def test_cross_entropy_equals_torch(target):

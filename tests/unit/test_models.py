@@ -37,6 +37,8 @@ class Case:
 
     def call(self, model, images):
         """The output; a click per image is at 3/8 of its edges, inside each square of `draw_squares`."""
+        if self.model_args.get("deep_supervision") and model.training:  # as in training, where all heads count
+            return torch.stack(model(images, all_scales=True)).mean(dim=0)
         if self.model_name != "point_clip":
             return model(images)
         height, width = images.shape[-2:]
@@ -67,6 +69,8 @@ def point_clip(frozen, **model_args):
 # At least one of each row of models.MODELS, and the first stage of the autoencoder.
 CASES = {
     "unet": Case("unet", UNet, {"base_channels": 4}),
+    "unet-residual-attention": Case("unet", UNet, {"base_channels": 4, "residual": True, "attention": True}),
+    "unet-deep-supervision": Case("unet", UNet, {"base_channels": 4, "deep_supervision": True}),
     "reconstruction": Case("autoencoder/reconstruction", Autoencoder, {"base_channels": 16}, channels=3),
     "autoencoder": autoencoder(),
     "autoencoder-skips": autoencoder(skips=True),
