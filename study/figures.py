@@ -51,6 +51,30 @@ def plot_classes(scores: dict[str, dict[str, float | None]], order: Sequence[str
     return figure
 
 
+def plot_seeds(rows: Sequence[dict[str, Any]], title: str) -> Figure:
+    """mIoU and boundary IoU of each experiment, a dot per seed and a line at the mean; `rows` are those of runs.csv."""
+    names = list(dict.fromkeys(row["run"].split("/")[-1] for row in rows))
+    figure = Figure(figsize=(2 + 0.75 * len(names), 3.8), layout="constrained")
+    axis = figure.subplots()
+    for key, label, (color, _, _), marker in (
+        ("iou", "mIoU", RUN_STYLES[2], "o"),
+        ("boundary_iou", "boundary IoU", RUN_STYLES[1], "s"),
+    ):
+        for place, name in enumerate(names):
+            values = [row[key] for row in rows if row["run"].split("/")[-1] == name and row.get(key) is not None]
+            axis.plot(
+                [place] * len(values), values, marker, color=color, markersize=5, label=label if place == 0 else None
+            )
+            if values:
+                axis.hlines(np.mean(values), place - 0.3, place + 0.3, color=color, linewidth=1)
+    axis.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    axis.set(ylabel="%")
+    axis.grid(alpha=0.25, axis="y")
+    axis.legend(frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=8)
+    return figure
+
+
 def plot_curves(logs: dict[str, Sequence[dict[str, float]]], order: Sequence[str], title: str) -> Figure:
     """Loss and mean IoU on the validation images over the epochs, a line per run."""
     figure = Figure(figsize=(10, 4), layout="constrained")

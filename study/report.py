@@ -94,7 +94,7 @@ def pick_records(runs: Sequence[Run], data: Path | None, names: Sequence[str] | 
 
 def make_figures(runs: Sequence[Run], examples: Sequence[tuple[str, Any]]) -> dict[str, tuple[Any, str]]:
     """The matplotlib figures with their captions, by name."""
-    from study.figures import plot_classes, plot_curves, plot_examples, plot_robustness
+    from study.figures import plot_classes, plot_curves, plot_examples, plot_robustness, plot_seeds
     from utils.evaluation import SYNTHETIC_NOTE
 
     notes = [SYNTHETIC_NOTE] if any(run.metrics["synthetic"] for run in runs) else []
@@ -108,6 +108,9 @@ def make_figures(runs: Sequence[Run], examples: Sequence[tuple[str, Any]]) -> di
     ):
         if group := {legend[run.name]: run.metrics["iou"] for run in runs if run.prompted == prompted}:
             figures[name] = plot_classes(group, order, note), caption
+    rows = [describe(run) for run in runs if not run.prompted]
+    if any(BASELINES.get(row["run"].split("/")[-1]) for row in rows):
+        figures["seeds"] = plot_seeds(rows, note), "mIoU and boundary IoU, a dot per seed, a line at their mean"
     logs = {legend[run.name]: run.log for run in runs}
     figures["curves"] = plot_curves(logs, order, note), "Loss and mean IoU on the validation images"
     if studies := {legend[run.name]: run.robustness["perturbations"] for run in runs if run.robustness}:
@@ -169,7 +172,7 @@ def format_seeds(rows: Sequence[dict[str, Any]]) -> str:
     Returns "" when every experiment has one seed.
     """
     labels = _class_heads(rows[0])
-    forms = {"iou": ".1f", **dict.fromkeys(labels, ".1f"), "psnr": ".1f", "ssim": ".3f"}
+    forms = {"iou": ".1f", "boundary_iou": ".1f", **dict.fromkeys(labels, ".1f"), "psnr": ".1f", "ssim": ".3f"}
     groups: dict[str, dict[str, dict[str, float]]] = {}
     for row in rows:
         numbers = {key: float(row[key]) for key in forms if row.get(key) not in (None, "")}
@@ -183,6 +186,8 @@ def format_seeds(rows: Sequence[dict[str, Any]]) -> str:
         gain = _spread([one["iou"] - base[seed]["iou"] for seed, one in seeds.items() if seed in base], "+.1f")
         table.append({"name": name, "gain": gain, "over": BASELINES[name] if gain else "", **cells})
     heads = {"name": "experiment", "iou": "mIoU", "gain": "gain", "over": "over", **labels}
+    if any("boundary_iou" in row for row in rows):
+        heads["boundary_iou"] = "boundary IoU"
     return _table(table, {**heads, "psnr": "PSNR, dB", "ssim": "SSIM"})
 
 
