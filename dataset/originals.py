@@ -6,7 +6,7 @@ import shutil
 import unicodedata
 import zlib
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -271,28 +271,30 @@ def read_report(base: Path) -> dict[str, Any]:
     earlier = {"classes": list(PETS.names), "failed": [], "files": {}, "originals": {}}  # not in those of old versions
     try:
         report = earlier | read_json(base / REPORT)
-        kinds = {"fingerprint": str, "layout": str, "counts": dict, "files": dict, "originals": dict, "classes": list}
-        kinds |= dict.fromkeys(("failed", "left_out", "converted", "warnings", "set_aside"), list)
-        wrong = [name for name, kind in kinds.items() if not isinstance(report.get(name), kind)]
-        rows = [name for name in ("failed", "left_out", "converted") if name not in wrong]
-        wrong += [
-            name
-            for name in rows
-            if not all(isinstance(row, dict) and {"file", "reason"} <= row.keys() for row in report[name])
-        ]
-        states = [state for name in ("files", "originals") if name not in wrong for state in report[name].values()]
-        wrong += (
-            [] if all(re.fullmatch(r"\d+ -?\d+ [0-9a-f]{8}", str(state)) for state in states) else ["states of files"]
-        )
-        if wrong:
-            raise InputError(f"{base / REPORT} has no {', '.join(wrong)} as dataset/dataset_prep.py writes it")
-        numbers = [number for split in SPLITS for number in report["counts"][split].values()]
-        if not all(isinstance(number, int) for number in numbers):
-            raise InputError(f"{base / REPORT} has counts that are no numbers")
-    except (InputError, KeyError, AttributeError) as error:
-        problem = error if isinstance(error, InputError) else f"{base / REPORT} has no counts of the splits"
-        raise InputError(f"{problem}. Move it away, then run: python dataset/dataset_prep.py {base}") from None
+        if wrong := next(_wrong_parts(report), None):
+            raise InputError(f"{base / REPORT} has no {wrong} as dataset/dataset_prep.py writes it")
+    except InputError as error:
+        raise InputError(f"{error}. Move it away, then run: python dataset/dataset_prep.py {base}") from None
     return report
+
+
+def _wrong_parts(report: dict[str, Any]) -> Iterator[str]:
+    """The names of the parts of a report that are missing or of another kind."""
+    kinds = {"fingerprint": str, "layout": str, "counts": dict, "files": dict, "originals": dict, "classes": list}
+    kinds |= dict.fromkeys(("failed", "left_out", "converted", "warnings", "set_aside"), list)
+    for name, kind in kinds.items():
+        if not isinstance(report.get(name), kind):
+            yield name
+    for name in ("failed", "left_out", "converted"):
+        if any(not isinstance(row, dict) or not {"file", "reason"} <= row.keys() for row in report[name]):
+            yield name
+    for name in ("files", "originals"):
+        if any(not re.fullmatch(r"\d+ -?\d+ [0-9a-f]{8}", str(state)) for state in report[name].values()):
+            yield name
+    for split in SPLITS:
+        counts = report["counts"].get(split)
+        if not isinstance(counts, dict) or any(not isinstance(count, int) for count in counts.values()):
+            yield f"counts of {split}"
 
 
 def file_state(path: Path) -> str:

@@ -143,15 +143,15 @@ class ClassTable:
 
         By color if every color belongs to a class, because programs that save RGB labels as indexed pictures assign new
         indices; by index with any other palette, unless an index has the color of another class. An index beyond the
-        palette, or whose color repeats an earlier one, is unknown: such entries fill the palette up. A palette of
-        distinct greys is how some programs save a grey label: then the greys count.
+        palette, or whose color repeats an earlier one, is unknown: such entries fill the palette up. Some programs save a
+        grey label with a palette of its greys: if all of these are known values, they count.
         """
         colors = _palette_of(label)
         if (greys := _distinct_greys(label)) is not None:
-            table, known = self._grey_table(
-                greys[np.unique(np.asarray(label)[..., :1] if label.mode == "PA" else label)]
-            )
-            return table[greys], known
+            used = greys[np.unique(np.asarray(label)[..., 0] if label.mode == "PA" else label)]
+            table, known = self._grey_table(used)
+            if (table[used] != _UNKNOWN).all():
+                return table[greys], known
         _, first = np.unique(colors, axis=0, return_index=True)
         by_color = np.full(256, _UNKNOWN, np.uint8)
         by_color[first] = self._match_colors(colors[first])

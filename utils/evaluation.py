@@ -263,10 +263,8 @@ def clear_results(folder: Path, names: Sequence[str]) -> ExitStack:
         if not isinstance(earlier, list) or any(name != Path(str(name)).name for name in earlier):
             raise InputError(f"{listed} is not what a test wrote: choose another --out")
         if not listed.exists() and not tested:
-            foreign = [
-                one for one in (folder / "images.csv", *(masks / fit_name(n, ".png") for n in names)) if one.exists()
-            ]
-            if foreign:
+            written = [folder / "images.csv", *(masks / fit_name(name, ".png") for name in names)]
+            if foreign := [path for path in written if path.exists()]:
                 raise InputError(f"{foreign[0]} is there already, and of no test: choose another --out")
         for name in earlier:
             for suffix in MASK_SUFFIXES:

@@ -366,6 +366,7 @@ GOOD_LABELS = {
     "own palette": (indexed([0, 0, 0, 250, 50, 83, 51, 221, 255] + [7, 7, 7] * 253), CLASSES),
     "full palette": (PETS.encode_label(CLASSES), CLASSES),
     "grey label with a palette": (indexed([0, 0, 0, 2, 2, 2], CLASSES[:, :3]), [[0, 2, 2], [0, 0, 2]]),
+    "palette of greys to look at": (indexed([0, 0, 0, 90, 90, 90, 180, 180, 180], CLASSES[:, :3]), CLASSES[:, :3]),
     "grey label with a turned palette": (indexed([2, 2, 2, 0, 0, 0], CLASSES[:, :3]), [[2, 0, 0], [2, 2, 0]]),
 }
 
