@@ -143,8 +143,8 @@ class ClassTable:
 
         By color if every color belongs to a class, because programs that save RGB labels as indexed pictures assign new
         indices; by index with any other palette, unless an index has the color of another class. An index beyond the
-        palette, or whose color repeats an earlier one, is unknown: such entries fill the palette up. Some programs save a
-        grey label with a palette of its greys: if all of these are known values, they count.
+        palette, or whose color repeats an earlier one, is unknown: such entries fill the palette up. Some programs save
+        a grey label with a palette of its greys: if all of these are known values, they count.
         """
         colors = _palette_of(label)
         if (greys := _distinct_greys(label)) is not None:
