@@ -46,28 +46,26 @@ PRETRAINING = [
     Experiment("unet", "unet"),
 ]
 
-# From the report's recipe to the strong one: each rung adds flags to those of the rung below.
+# From the report's recipe to the strong one. A rung adds flags to those of another one: to the last that helped.
 RUNGS = {
-    "report": (),
-    "ignore": ("--boundary", "ignore"),
-    "cosine": ("--schedule", "cosine", "--warmup", "1", "--patience", "0"),
-    "adamw": ("--optimizer", "adamw", "--lr", "1e-3", "--weight-decay", "0.01"),
-    "dice": ("--loss", "cross-entropy+dice"),
-    "jitter": ("--augment", "jitter"),
-    "colors": ("--augment", "strong"),
-    "average": ("--ema", "0.999"),
-    "paste": ("--paste", "0.3"),
+    "report": (None, ()),
+    "ignore": ("report", ("--boundary", "ignore")),
+    "cosine": ("ignore", ("--schedule", "cosine", "--warmup", "1", "--patience", "0")),
+    "adamw": ("cosine", ("--optimizer", "adamw", "--lr", "1e-3", "--weight-decay", "0.01")),
+    "dice": ("adamw", ("--loss", "cross-entropy+dice")),
+    "jitter": ("dice", ("--augment", "jitter")),
+    "average": ("adamw", ("--ema", "0.999")),
+    "paste": ("average", ("--paste", "0.3")),
 }
 
 
 def make_ladder() -> list[Experiment]:
     """An experiment per rung, each compared with the one below."""
-    ladder, flags = [], {}
-    for name, added in RUNGS.items():
-        flags |= dict(zip(added[::2], added[1::2]))
-        below = ladder[-1].name if ladder else None
-        ladder.append(Experiment(name, "unet", tuple(text for pair in flags.items() for text in pair), baseline=below))
-    return ladder
+    ladder: dict[str, Experiment] = {}
+    for name, (below, added) in RUNGS.items():
+        flags = (*ladder[below].flags, *added) if below else added
+        ladder[name] = Experiment(name, "unet", flags, baseline=below)
+    return list(ladder.values())
 
 
 # What the U-Net's options, losses and boundary modes bring, each alone on the strong recipe.
