@@ -30,11 +30,11 @@ def main() -> None:
 
     from models import load_model
     from utils.distributed import init_distributed, print_once
-    from utils.predictor import FlipAverage, Predictor, predict_photographs
+    from utils.predictor import Predictor, predict_photographs, with_tta
 
     device = init_distributed(config.device)
     model, checkpoint = load_model(config.checkpoint, device, clip_model=config.clip_model)
-    model = FlipAverage(model) if config.tta == "flip" else model
+    model = with_tta(model, config.tta)
     options = {"point": config.point, "overwrite": config.overwrite}
     print_once(predict_photographs(Predictor(model, checkpoint), config.photographs, config.out, **options))
 

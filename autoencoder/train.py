@@ -70,6 +70,7 @@ def main() -> None:
         raise InputError(f"{config.out} is one stage of a run: give the whole run, --out {config.out.parent}")
     refuse_another_run(config)
     own = {"epochs": config.pretrain_epochs, "lr": config.pretrain_lr, "min_delta": config.pretrain_min_delta}
+    own["warmup"] = min(config.warmup, config.pretrain_epochs / 2)
     pretraining = dataclasses.replace(config, out=config.out / "reconstruction", **own)
     training = dataclasses.replace(config, out=config.out / "segmentation")
     second_stage_began = (training.out / "last.pt").exists()

@@ -58,7 +58,9 @@ class Cache:
                 reason = error
             except OSError as error:
                 if error.errno != errno.EROFS:
-                    raise InputError(f"cannot write the cache {self.path}: {error}. Free space, or --cache") from error
+                    raise InputError(
+                        f"cannot write the cache {self.path}: {error}. Free space, or give another folder as --cache"
+                    ) from error
                 reason = error
             if place != places[-1]:
                 log.warning("%s cannot be written (%s): the cache is in %s", place, reason.strerror, temporary)
@@ -102,7 +104,9 @@ class Cache:
             try:
                 self._pixels = np.memmap(self.path, np.uint8, "r", shape=self.shape)
             except (FileNotFoundError, ValueError):  # a file that is too short is a ValueError
-                raise InputError(f"{self.path} has been deleted or cut short; start again, with --resume") from None
+                raise InputError(
+                    f"{self.path} has been deleted or cut short; start again (a training with --resume)"
+                ) from None
         image, mask = np.split(np.array(self._pixels[index]), [3 * self.size**2])
         return image.reshape(self.size, self.size, 3), mask.reshape(self.size, self.size)
 

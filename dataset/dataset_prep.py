@@ -243,7 +243,7 @@ def _states(base: Path, **groups: Sequence[Path]) -> dict[str, dict[str, str]]:
 def _exif_warnings(kept: Sequence[Outcome]) -> list[str]:
     used = Counter(outcome.exif for outcome in kept if outcome.exif)
     return [
-        f"{count} photographs are turned by their EXIF blocks and fit their labels both ways; used {way}. "
+        f"turned by their EXIF blocks, fitting their labels both ways: {count} photographs; used {way}. "
         "Look at one; --exif upright or --exif stored decides"
         for way, count in used.items()
     ]
@@ -290,7 +290,15 @@ def _start_worker() -> None:
     threading.Thread(target=follow_parent, daemon=True).start()
 
 
-def process_pair(
+def process_pair(pair: Pair, **options: Any) -> Outcome:
+    """`_process_pair`; a pair that does not fit in memory has failed."""
+    try:
+        return _process_pair(pair, **options)
+    except MemoryError:
+        return Outcome(pair, "does not fit in memory; scale it down", pair.image, failed=True)
+
+
+def _process_pair(
     pair: Pair,
     *,
     base: Path,
@@ -359,8 +367,6 @@ def _read_pair(pair: Pair, class_table: ClassTable) -> tuple[Image.Image, np.nda
         return Outcome(pair, str(error).removeprefix(f"{file}: "), file)
     except OSError as error:  # no permission, a failing disk: not a damaged file
         return Outcome(pair, f"cannot be read ({error.strerror}); run again when it can", file, failed=True)
-    except MemoryError:
-        return Outcome(pair, "does not fit in memory; scale it down", file, failed=True)
     return image, classes
 
 

@@ -5,7 +5,7 @@ import re
 import shutil
 import unicodedata
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,8 +152,14 @@ def match_names(names: Collection[str], known: Collection[str]) -> dict[str, lis
 
 def _match(originals: Originals, images: dict[str, Path], labels: dict[str, Path]) -> dict[str, str]:
     """The name of each image's label. Images with several candidates are left out."""
-    matched = {}
-    for name, candidates in match_names(images, labels).items():
+    matched, found = {}, match_names(images, labels)
+    claims = Counter(candidates[0] for candidates in found.values() if len(candidates) == 1)
+    for name, candidates in found.items():
+        if len(candidates) == 1 and claims[candidates[0]] > 1:
+            (other, *_) = (one for one in found if found[one] == candidates and one != name)
+            reason = f"{labels[candidates[0]].name} could also be the label of {images[other].name}; rename one"
+            originals.leave_out(images[name], reason)
+            continue
         if len(candidates) == 1:
             matched[name] = candidates[0]
         elif candidates:
@@ -268,7 +274,13 @@ def relative(path: Path, base: Path) -> str:
 
 def read_report(base: Path) -> dict[str, Any]:
     """The prep_report.json of a prepared folder. InputError when it is damaged, or not of dataset/dataset_prep.py."""
-    earlier = {"classes": list(PETS.names), "failed": [], "files": {}, "originals": {}}  # not in those of old versions
+    earlier = {
+        "classes": list(PETS.names),
+        "failed": [],
+        "files": {},
+        "originals": {},
+        "synthetic": False,
+    }  # not in old ones
     try:
         report = earlier | read_json(base / REPORT)
         if wrong := next(_wrong_parts(report), None):

@@ -1,7 +1,7 @@
 """The prepared pets as PyTorch data: records, train/validation split, species balance, data sets."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,8 @@ def is_synthetic(base_dir: Path) -> bool:
 
 @dataclass(eq=False, repr=False)
 class PetDataset(Dataset):
-    """Pets as dicts of `image` (3, size, size) uint8 RGB, `mask` (size, size) uint8 with 255 = ignored, and `name`.
+    """Pets as dicts of `image` (3, size, size) uint8 RGB, `mask` (size, size) uint8 and `name`. In a mask 255 is the
+    boundary, 254 what the augmentation has uncovered.
 
     The key of an item is (epoch, sample), or sample for epoch 0. A sample is a position in `indices`, which are numbers
     of records and may repeat. With `transform` items are augmented; the outcome depends on (seed, epoch, sample) alone.
@@ -172,9 +173,9 @@ class PetDataset(Dataset):
     def _vary(self, image: np.ndarray, mask: np.ndarray, key: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         return (image, mask) if self.transform is None else augment(self.transform, image, mask, key)
 
-    def count_pixels(self) -> list[int]:
-        """How many pixels of the items' masks have each of the 256 values, before any augmentation."""
-        return sum(np.bincount(self.cache[index][1].ravel(), minlength=256) for index in self.indices).tolist()
+    def masks(self) -> Iterator[np.ndarray]:
+        """The masks (size, size) of the items, before any augmentation."""
+        return (self.cache[index][1] for index in self.indices)
 
 
 def split_records(records: Sequence[Record], val_fraction: float, seed: int) -> tuple[list[int], list[int]]:
@@ -215,7 +216,7 @@ def make_train_sets(
     train, val = split_records(records, config.val_fraction, config.seed)
     size, cache = config.image_size, Cache(records, config.image_size, config.cache)
     augmented = {"indices": balance(records, train), "transform": train_transform(config.augment), "seed": config.seed}
-    augmented["paste"] = config.paste
+    augmented |= {"paste": config.paste}
     return train_class(records, size, cache=cache, **augmented), val_class(records, size, cache=cache, indices=val)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clip_seg.model import LEVELS, ClipEncoder, ClipSegmenter, Decoder, rebuild_encoder
+from utils.dataset import PETS
 from utils.dataset_prep import gaussian_heatmaps
 from utils.files import InputError
 from utils.layers import ClassHead, DoubleConv
@@ -160,8 +161,8 @@ def from_segmenter(segmenter: ClipSegmenter, **options: Any) -> PointClip:
         model.project, model.decoder = segmenter.project, segmenter.decoder
         reduce, classes = model.reduce[0], segmenter.head  # 1x1: weights (C, base_channels, 1, 1), biases (C,)
         with torch.no_grad():
-            reduce.weight += START_SCALE * (classes.weight[1:].mean(dim=0) - classes.weight[0])
-            reduce.bias += START_SCALE * (classes.bias[1:].mean(dim=0) - classes.bias[0])
+            reduce.weight += START_SCALE * (classes.weight[1 : len(PETS)].mean(dim=0) - classes.weight[0])
+            reduce.bias += START_SCALE * (classes.bias[1 : len(PETS)].mean(dim=0) - classes.bias[0])
     return model
 
 

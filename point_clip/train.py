@@ -30,6 +30,10 @@ class Config(ClipConfig):
 
 def main() -> None:
     config = parse(Config, __doc__)
+    if "balanced" in config.loss:
+        raise InputError(
+            f"--loss {config.loss}: what is object and what is ground depends on the click, not on a class"
+        )
     if config.boundary == "class":
         raise InputError("--boundary class: a click selects one of two sides, a boundary is none of them")
     if config.point_encoding == "heatmap" and config.base_channels != Config.base_channels:

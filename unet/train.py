@@ -35,7 +35,8 @@ def main() -> None:
 
     def step(model, batch):
         scales = model(batch["image"], all_scales=True)
-        weighted = [(0.5**number, criterion(logits, batch["mask"])) for number, logits in enumerate(scales)]
+        judged = scales if model.training else scales[:1]  # the others serve training only
+        weighted = [(0.5**number, criterion(logits, batch["mask"])) for number, logits in enumerate(judged)]
         return StepOutput(add_losses(weighted), scales[0], batch["mask"])
 
     run = start_run(config, "unet")

@@ -33,7 +33,7 @@ RESUMABLE = {
 }  # fmt: skip
 
 # Flags of test.py that have no effect on photographs without labels.
-SCORING_FLAGS = ("data", "cache", "split", "batch_size", "score_size", "workers", "limit", "perturb")
+SCORING_FLAGS = ("data", "cache", "split", "batch_size", "score_size", "workers", "limit", "perturb", "reconstruction")
 
 # Flags of earlier versions, and their replacements.
 REMOVED_FLAGS = {"--accumulate": "--batch-size counts the images of an optimizer step; use --micro-batch-size"}
@@ -118,7 +118,7 @@ class TrainConfig:
         "constant", "learning-rate schedule: constant, or cosine decay to zero over --epochs", strong="cosine"
     )
     warmup: float = flag(
-        0.0, "epochs in which the learning rate rises from zero, 0.5 for half a one", low=0, strong=1.0
+        0.0, "epochs in which the learning rate rises from zero, it may be a fraction, such as 0.5", low=0, strong=1.0
     )
     weight_decay: float = flag(0.0, "weight decay, not of norms and biases", low=0, strong=1e-2)
     ema: float = flag(
@@ -137,7 +137,7 @@ class TrainConfig:
     )
     boundary: Literal["background", "ignore", "object", "class"] = flag(
         "background",
-        "what the loss takes the boundary band for: background, nothing, the pet or an own class; it is never scored",
+        "what the loss takes the boundary band for: background, nothing, the pet, or a class of its own; never scored",
         strong="ignore",
     )
     augment: Literal["none", "report", "jitter", "strong"] = flag(
@@ -223,7 +223,7 @@ class TestConfig:
         if self.overwrite and not self.images:
             raise InputError("--overwrite is about masks of photographs: give --images, or leave it out")
         for name in SCORING_FLAGS if self.images else ():
-            if getattr(self, name) != fields[name].default:
+            if name in fields and getattr(self, name) != fields[name].default:
                 raise InputError(f"{flag_name(name)} is for scoring a split; with --images leave it out")
 
     @property
@@ -244,10 +244,12 @@ def parse(config_class: type[Config], doc: str, argv: list[str] | None = None) -
         if hint := REMOVED_FLAGS.get(argument.partition("=")[0]):
             parser.error(f"{argument} no longer exists: {hint}")
     given = vars(parser.parse_args(argv))
-    recipe = recipe_defaults(config_class, given.get("recipe", "report"))
+    fresh = {**recipe_defaults(config_class, given.get("recipe", "report")), **given}
+    if "warmup" in fresh and "warmup" not in given:  # a short training has a short warm-up
+        fresh["warmup"] = min(fresh["warmup"], fresh.get("epochs", math.inf) / 2)
     if not given.get("resume"):
         try:
-            return config_class(**{**recipe, **given})
+            return config_class(**fresh)
         except InputError as error:  # of __post_init__: flags that do not go together
             parser.error(str(error))
 
@@ -256,9 +258,7 @@ def parse(config_class: type[Config], doc: str, argv: list[str] | None = None) -
     if not settings.is_file() or not settings.stat().st_size:  # empty: the machine failed while it was written
         if trained := [path.name for path in out.rglob("*") if path.name in ("last.pt", "best.pt")]:
             raise InputError(f"--resume: {settings} is missing or empty beside {trained[0]}: restore it from a copy")
-        return config_class(
-            **{**recipe, **given}
-        )  # nothing was saved yet, so that a scheduler can always give --resume
+        return config_class(**fresh)  # nothing was saved yet, so that a scheduler can always give --resume
     saved = restore_fields(config_class, read_json(settings), source=settings)
     if changed := [name for name in given if name not in RESUMABLE and given[name] != saved[name]]:
         lines = "\n".join(f"  {flag_name(name)} is {saved[name]} in the run, got {given[name]}" for name in changed)

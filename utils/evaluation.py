@@ -20,7 +20,16 @@ from tqdm import tqdm
 
 from utils.config import TestConfig, as_plain_dict
 from utils.dataset import PETS, ClassTable
-from utils.distributed import all_reduce_sum, autocast, init_distributed, pick_precision, print_once, rank, world_size
+from utils.distributed import (
+    all_gather_objects,
+    all_reduce_sum,
+    autocast,
+    init_distributed,
+    pick_precision,
+    print_once,
+    rank,
+    world_size,
+)
 from utils.figures import plot_pictures, save_figure
 from utils.files import (
     InputError,
@@ -36,12 +45,16 @@ from utils.helper import class_table_of, describe_environment, restore_model
 from utils.image import load_picture, resize_image, resize_mask, to_rgb
 from utils.loader import EpochBatchSampler, make_loader, prepare_batch
 from utils.metric import ConfusionMatrix, count_boundary, count_confusion, logits_to_classes, nan_mean
-from utils.predictor import FlipAverage, Predictor, predict_photographs, resize_logits, save_mask
+from utils.predictor import Predictor, predict_photographs, resize_logits, save_mask, with_tta
 from utils.robustness import Variant, list_variants, summarize_robustness, write_robustness
 
 SYNTHETIC_NOTE = "synthetic drawings: scores are not comparable to any benchmark"
 
 
+SCORE_FILES = (
+    "metrics.json", "images.csv", "confusion.png", "predictions.png", "robustness.json", "robustness.csv",
+    "robustness.png",
+)  # fmt: skip
 MASK_SUFFIXES = ("", "_background")  # of saved masks: of the image or its pet, and of a click on the background
 
 
@@ -198,7 +211,7 @@ class ModelTest(NamedTuple):
     @property
     def averaged(self) -> nn.Module:
         """The model, with `--tta flip` averaged over the image and its mirror image."""
-        return FlipAverage(self.model) if self.config.tta == "flip" else self.model
+        return with_tta(self.model, self.config.tta)
 
     @property
     def note(self) -> str:
@@ -212,8 +225,10 @@ class ModelTest(NamedTuple):
             found = f"{config.data} has {', '.join(class_table.names)}"
             raise InputError(f"{config.checkpoint} was trained on the classes {', '.join(trained)}, {found}")
         options = {"batch_size": config.batch_size, "workers": config.workers, "masks": config.results / "masks"}
-        with clear_results(config.results, self.test_set.names) if rank() == 0 else nullcontext():
-            return evaluate(predict_batch, self.test_set, self.device, class_table=class_table, **options)
+        if rank() == 0:
+            clear_results(config.results, self.test_set.names)
+        all_gather_objects([])  # no rank writes masks before rank 0 has deleted the earlier ones
+        return evaluate(predict_batch, self.test_set, self.device, class_table=class_table, **options)
 
     def write(self, evaluation: Evaluation, metrics: dict[str, Any], title: str, details: Sequence[str] = ()) -> str:
         """Write metrics.json, images.csv and, if perturbed, robustness files; returns scores and `details` as text."""
@@ -242,37 +257,39 @@ class ModelTest(NamedTuple):
         return "\n".join(text)
 
 
-def clear_results(folder: Path, names: Sequence[str]) -> ExitStack:
-    """Delete the scores and masks that an earlier test wrote to `folder`, and what a killed one left there.
-
-    `.masks.json` lists the images whose masks a test writes, so that no other files are deleted. Returns the
-    lock of the folder. InputError when it cannot be written (before the work, not after), or another test writes to it.
-    """
-    masks = folder / "masks"
+def lock_results(folder: Path) -> ExitStack:
+    """The lock of a folder of results; InputError when it cannot be written, or another test writes to it."""
+    busy = f"{folder}: another test is writing there; wait for it, or choose another --out"
     try:
-        masks.mkdir(parents=True, exist_ok=True)
-        busy = f"{folder}: another test is writing there; wait for it, or choose another --out"
-        lock = acquire_lock(folder / ".lock", timeout=0, busy=busy)
-        for part in (folder, masks):
-            remove_leftovers(part)
-        tested = (folder / "metrics.json").exists()
-        for name in ("metrics.json", "robustness.json", "robustness.csv", "robustness.png"):
-            (folder / name).unlink(missing_ok=True)
-        listed = folder / ".masks.json"
-        earlier = read_json(listed).get("images") if listed.exists() else []
-        if not isinstance(earlier, list) or any(name != Path(str(name)).name for name in earlier):
-            raise InputError(f"{listed} is not what a test wrote: choose another --out")
-        if not listed.exists() and not tested:
-            written = [folder / "images.csv", *(masks / fit_name(name, ".png") for name in names)]
-            if foreign := [path for path in written if path.exists()]:
-                raise InputError(f"{foreign[0]} is there already, and of no test: choose another --out")
-        for name in earlier:
-            for suffix in MASK_SUFFIXES:
-                (masks / fit_name(name, f"{suffix}.png")).unlink(missing_ok=True)
-        write_json(listed, {"images": list(names)})
+        (folder / "masks").mkdir(parents=True, exist_ok=True)
+        return acquire_lock(folder / ".lock", timeout=0, busy=busy)
     except OSError as error:
         raise InputError(f"cannot write the results in {folder}: {error}. Choose another --out") from error
-    return lock
+
+
+def clear_results(folder: Path, names: Sequence[str]) -> None:
+    """Delete the scores and masks that an earlier test wrote to `folder`, and what a killed one left there.
+
+    `.masks.json` lists the images whose masks a test writes, so that no other files are deleted. InputError, before
+    anything is deleted, when a file is there that no test wrote.
+    """
+    masks, listed, metrics = folder / "masks", folder / ".masks.json", folder / "metrics.json"
+    earlier = read_json(listed).get("images") if listed.exists() else []
+    if not isinstance(earlier, list) or any(name != Path(str(name)).name for name in earlier):
+        raise InputError(f"{listed} is not what a test wrote: choose another --out")
+    tested = listed.exists() or (metrics.exists() and {"iou", "config"} <= read_json(metrics).keys())
+    own = {fit_name(name, f"{suffix}.png") for name in earlier for suffix in MASK_SUFFIXES}
+    written = [masks / fit_name(name, ".png") for name in names]
+    written = [path for path in written if path.name not in own] if listed.exists() else written
+    foreign = [] if tested else [folder / name for name in SCORE_FILES]
+    foreign += [] if tested and not listed.exists() else written  # masks of earlier versions are in no list
+    if found := [path for path in foreign if path.exists()]:
+        raise InputError(f"{found[0]} is there already, and of no test: choose another --out")
+    for part in (folder, masks):
+        remove_leftovers(part)
+    for path in [*(folder / name for name in SCORE_FILES), *(masks / name for name in own)]:
+        path.unlink(missing_ok=True)
+    write_json(listed, {"images": list(names)})
 
 
 def score(test: ModelTest) -> str:
@@ -314,11 +331,12 @@ def run_test(
         if config.images:
             point = getattr(config, "point", None)  # of a prompted model
             options = {"point": point, "overwrite": config.overwrite}
-            model = FlipAverage(model) if config.tta == "flip" else model
+            model = with_tta(model, config.tta)
             text = predict_photographs(Predictor(model, checkpoint), config.images, config.results, **options)
         else:
             test_set = make_test_set(config, checkpoint["config"]["image_size"])
-            text = scoring(ModelTest(model, checkpoint, test_set, config, device, precision))
+            with lock_results(config.results) if rank() == 0 else nullcontext():
+                text = scoring(ModelTest(model, checkpoint, test_set, config, device, precision))
     print_once(text)
 
 

@@ -42,7 +42,7 @@ SYSTEM_FOLDERS = {"@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN", "__MACOSX", 
 def load_picture(path: Path, *, upright: bool = False) -> Image.Image:
     """Open and decode a picture in any format that Pillow reads, whatever its suffix.
 
-    `upright` applies the EXIF orientation. Labels match the stored pixels, so training pictures are not rotated.
+    `upright` applies the EXIF orientation. Prepared photographs fit their labels as they are stored.
     InputError when it is missing, empty, not a picture, damaged, or above Pillow's decompression-bomb limit. A file
     that the machine cannot read (permission, failing disk, memory) is an OSError or MemoryError that names it: the
     picture may be intact.

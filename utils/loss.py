@@ -22,7 +22,7 @@ class LossSums(NamedTuple):
 
     sums: Tensor  # (K,)
     formula: Callable[[Tensor], Tensor]  # sums (K,) -> loss, a scalar
-    count: int | None  # of a ratio of two sums: the second sum, if everything counts; None for other formulas
+    count: int | None  # if the loss is a total divided by a count: the count if no pixel were ignored; else None
 
     @property
     def value(self) -> Tensor:
@@ -36,7 +36,7 @@ class Loss:
 
     sums: Callable[[Tensor, Tensor], Tensor]
     formula: Callable[[Tensor], Tensor]
-    counts: str = ""  # of a ratio: "pixels" or "images" if that is what the second sum counts
+    counts: str = ""  # of a total divided by a count: what is counted, "pixels" or "images"
 
     def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
         return self.formula(self.sums(prediction, target))
@@ -110,9 +110,9 @@ def make_losses(weights: Sequence[float] | None = None) -> dict[str, Loss]:
     focal = partial(cross_entropy_sums, gamma=2)
     return {
         "cross-entropy": Loss(cross_entropy_sums, ratio, "pixels"),
-        "balanced": Loss(partial(cross_entropy_sums, weights=weights), ratio, "weights"),
+        "balanced": Loss(partial(cross_entropy_sums, weights=weights), ratio),
         "focal": Loss(focal, ratio, "pixels"),
-        "balanced-focal": Loss(partial(focal, weights=weights), ratio, "weights"),
+        "balanced-focal": Loss(partial(focal, weights=weights), ratio),
         "dice": Loss(dice_sums, dice_formula),
     }
 
@@ -127,9 +127,15 @@ def make_criterion(config: TrainConfig, train_set: Any) -> tuple["SegmentationLo
     Only balanced losses look at the pixels of `train_set`.
     """
     num_classes = len(train_set.class_table)
-    pixels = train_set.count_pixels() if "balanced" in config.loss else None
-    criterion = SegmentationLoss(config.loss, config.boundary, pixels, num_classes)
-    return criterion, num_classes + (config.boundary == "class")
+    targets = num_classes + (config.boundary == "class")
+    counts = None
+    if "balanced" in config.loss:
+        counts = torch.zeros(256, dtype=torch.int64)
+        for mask in train_set.masks():
+            target = map_boundary(torch.from_numpy(mask)[None], config.boundary, num_classes)
+            counts += torch.bincount(target.flatten(), minlength=256)
+        counts = counts[:targets].tolist()
+    return SegmentationLoss(config.loss, config.boundary, counts), targets
 
 
 class WeightedLoss:
@@ -159,34 +165,27 @@ def add_losses(weighted: Sequence[tuple[float, LossSums]]) -> LossSums:
     return LossSums(torch.cat([loss.sums for loss in losses]), formula, None)
 
 
+def map_boundary(mask: Tensor, boundary: str, own_class: int) -> Tensor:
+    """The target (B, H, W) of a mask: a class, or 255 where a pixel does not count. `own_class` is that of "class"."""
+    if boundary == "object":  # the species of the image; of two pasted together, the one with the larger number
+        inside = torch.where(foreground(mask), mask, 0).amax(dim=(1, 2), keepdim=True)
+    else:
+        inside = {"background": 0, "ignore": IGNORE, "class": own_class}[boundary]
+    return torch.where(mask == UNCOVERED, IGNORE, torch.where(mask == IGNORE, inside, mask))
+
+
 class SegmentationLoss:
     """`--loss` of logits (B, C, H, W) and a mask (B, H, W), whose boundary, 255, is treated as `--boundary` says.
 
     background: it is background, as in the report. ignore: it does not count. object: it belongs to the pet. class: it
-    is a class of its own, the last of the logits. `pixels` are the counts of the training masks' values (256,), for the
-    balanced losses: the weight of a class is N / (C n), with n of all N pixels in the class, C classes.
+    is a class of its own, the last of the logits. `counts` (C,) are the training pixels of each class, for the balanced
+    losses: a class with n of the N pixels has the weight N / (C n).
     """
 
-    def __init__(self, text: str, boundary: str, pixels: Sequence[int] | None = None, num_classes: int = 0):
-        weights = None
-        if pixels is not None:
-            values = torch.arange(256, dtype=torch.uint8)
-            table = self._map(values.view(256, 1, 1), boundary, num_classes).flatten()
-            counts = torch.bincount(table.long(), weights=torch.tensor(pixels, dtype=torch.float64), minlength=256)
-            counts = counts[: num_classes + (boundary == "class")]
-            weights = (counts.sum() / (len(counts) * counts.clamp(min=1))).tolist()
+    def __init__(self, text: str, boundary: str, counts: Sequence[int] | None = None):
+        weights = counts and [sum(counts) / (len(counts) * max(1, count)) for count in counts]
         self.loss = WeightedLoss(text, make_losses(weights))
         self.boundary = boundary
 
     def __call__(self, logits: Tensor, mask: Tensor) -> LossSums:
-        return self.loss(logits, self._map(mask, self.boundary, logits.shape[1] - 1))
-
-    @staticmethod
-    def _map(mask: Tensor, boundary: str, last_class: int) -> Tensor:
-        """The target (B, H, W) of a mask: a class, or 255 where a pixel does not count."""
-        if boundary == "object":  # the species of the image; of two pasted together, the one with the larger number
-            inside = torch.where(foreground(mask), mask, 0).amax(dim=(1, 2), keepdim=True)
-        else:
-            inside = {"background": 0, "ignore": IGNORE, "class": last_class}[boundary]
-        target = torch.where(mask == IGNORE, inside, mask)
-        return torch.where(mask == UNCOVERED, IGNORE, target)
+        return self.loss(logits, map_boundary(mask, self.boundary, logits.shape[1] - 1))

@@ -1,5 +1,7 @@
 """Masks of photographs: `Predictor` converts between a photograph's pixels and a model's, for every model."""
 
+import os
+import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +29,11 @@ JPEG_EDGE = 65_500  # the largest width or height of a JPEG, in pixels
 def resize_logits(logits: Tensor, size: Sequence[int]) -> Tensor:
     """Logits (B, C, h, w) at `size` (H, W), bilinear, float32; each channel is contiguous, the faster layout here."""
     return F.interpolate(logits.float().contiguous(), tuple(size), mode="bilinear", align_corners=False)
+
+
+def with_tta(model: nn.Module, tta: str) -> nn.Module:
+    """The model for `--tta`: itself, or its average over the image and the mirror image."""
+    return FlipAverage(model) if tta == "flip" else model
 
 
 class FlipAverage(nn.Module):
@@ -176,22 +183,22 @@ def predict_photographs(
         raise InputError("this model is prompted by a click: give one as --point X,Y")
     if point is not None and not predictor.prompted:
         raise InputError("--point: this model is not prompted by clicks, leave it out")
-    folder = out.resolve()
-    if inside := [path for path in paths if folder in (path.resolve(), *path.resolve().parents)]:
+    folder = real(out)
+    if inside := [path for path in paths if folder in (real(path), *real(path).parents)]:
         raise InputError(f"{inside[0]} is in {out}, where the masks would be written; choose another --out")
     found = find_pictures(paths)
-    files = [pair for pair in found.files if folder not in pair[0].resolve().parents]
+    files = [pair for pair in found.files if folder not in real(pair[0]).parents]
     found.passed_over.update({f"file in {out}": len(found.files) - len(files)} if files != found.files else {})
     notes = [line for line in (found.format_passed_over(),) if line]
     if not files:
         raise InputError("\n".join([f"no picture in {', '.join(map(str, paths))}", *notes, *found.problems]))
     (claims,) = all_gather_objects([claim_masks(files, out, overwrite)] if rank() == 0 else [])
+    began = time.time_ns()
     try:
-        failed = _segment(predictor, claims.masks, out, point)
+        failed = all_gather_objects(_segment(predictor, claims.masks, out, point))
     finally:
         if rank() == 0:
-            release_masks(claims.masks, out)
-    failed = all_gather_objects(failed)
+            release_masks(claims, out, began)
     problems = [*found.problems, *claims.refused, *failed]
     summary = "\n".join([f"{len(claims.masks) - len(failed)} pictures segmented: {out}", *notes])
     if problems:
@@ -207,6 +214,7 @@ def _segment(predictor: Predictor, masks: dict[Path, Path], out: Path, point: tu
         try:
             predictor.set_image(photograph)
             classes = predictor.predict([point] if point else None).mask
+            overlaid = predictor.class_table.overlay(np.asarray(predictor.picture), classes)
         except (InputError, OSError, MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not is_out_of_memory(error):
                 raise
@@ -214,15 +222,20 @@ def _segment(predictor: Predictor, masks: dict[Path, Path], out: Path, point: tu
             failed.append(reason if str(photograph) in reason else f"{photograph}: {reason}")
         else:
             save_mask(out / mask, classes, predictor.class_table)
-            overlaid = predictor.class_table.overlay(np.asarray(predictor.picture), classes)
             save_overlay(out / mask.with_name(mask.name.removesuffix("_mask.png")), overlaid)
     return failed
+
+
+def real(path: Path) -> Path:
+    """The path without links; `Path.resolve` would raise at a link that leads to itself."""
+    return Path(os.path.realpath(path))
 
 
 class Claims(NamedTuple):
     """The masks that a call writes."""
 
     masks: dict[Path, Path]  # mask below the output folder -> photograph
+    former: dict[Path, Path]  # the index before
     refused: list[str]  # photographs whose mask would replace that of another one
 
 
@@ -232,7 +245,8 @@ def claim_masks(files: Sequence[tuple[Path, Path]], out: Path, overwrite: bool) 
     A mask has its photograph's name without suffix, or with it where two photographs differ only in the suffix. The
     index holds a mask before it is written, so that an interrupted call can be repeated.
     """
-    stems = Counter(below.with_suffix("") for _, below in files)
+    named = {(photograph.absolute(), below) for photograph, below in files}  # one that is given twice counts once
+    stems = Counter(below.with_suffix("") for _, below in named)
     wanted: dict[Path, set[Path]] = {}
     for photograph, below in files:
         stem = below.stem if stems[below.with_suffix("")] == 1 else below.name
@@ -243,7 +257,7 @@ def claim_masks(files: Sequence[tuple[Path, Path]], out: Path, overwrite: bool) 
         index = read_index(out)
         for mask, photographs in wanted.items():
             (first, *others), owner = sorted(photographs), index.get(mask)
-            same = owner is not None and owner.resolve() == first.resolve()
+            same = owner is not None and real(owner) == real(first)
             if others:
                 hint = "give them in two calls, with another --out each"
                 refused.append(f"{first} and {others[0]} would both be {out / mask}: {hint}")
@@ -253,7 +267,7 @@ def claim_masks(files: Sequence[tuple[Path, Path]], out: Path, overwrite: bool) 
             else:
                 masks[mask] = first
         write_index(out, index | masks)
-    return Claims(masks, refused)
+    return Claims(masks, index, refused)
 
 
 def _written(mask: Path) -> list[Path]:
@@ -264,20 +278,26 @@ def _written(mask: Path) -> list[Path]:
     ]
 
 
-def release_masks(masks: dict[Path, Path], out: Path) -> None:
-    """Remove masks that could not be written from the index."""
+def release_masks(claims: Claims, out: Path, began: int) -> None:
+    """Give claimed masks that have not been written since `began`, in ns, back to their former photograph, if any."""
     with acquire_lock(out / ".lock"):
         index = read_index(out)
-        kept = {mask: one for mask, one in index.items() if mask not in masks or (out / mask).exists()}
-        if kept != index:
-            write_index(out, kept)
+        for mask in claims.masks:
+            path = out / mask
+            if not path.exists() or path.stat().st_mtime_ns < began - 2_000_000_000:  # some file systems round to 2 s
+                index.pop(mask, None)
+                index |= {mask: claims.former[mask]} if path.exists() and mask in claims.former else {}
+        write_index(out, index)
 
 
 def read_index(out: Path) -> dict[Path, Path]:
     """The photograph of each mask in `out`, from its index.csv."""
     path = out / "index.csv"
     rows = read_csv(path) if path.exists() else []
-    if any(set(row) != {"mask", "photograph"} or None in row.values() for row in rows):
+    header = path.read_bytes().splitlines()[:1] if path.exists() else []
+    if header not in ([], [b"mask,photograph"]) or any(
+        set(row) != {"mask", "photograph"} or None in row.values() for row in rows
+    ):
         raise InputError(f"{path} was not written by predict.py: choose another --out")
     return {Path(row["mask"]): Path(row["photograph"]) for row in rows}
 

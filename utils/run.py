@@ -149,7 +149,7 @@ class Run:
         self.stopping.load_state_dict(last["stopping"])
         try:
             set_random_state(last["random_state"])
-        except RuntimeError as error:
+        except (RuntimeError, TypeError, AttributeError) as error:
             raise InputError(f"{path} cannot be resumed: its random state is damaged ({error})") from error
         if self.accelerator.scaler is not None and last["scaler"]:
             self.accelerator.scaler.load_state_dict(last["scaler"])
@@ -182,7 +182,7 @@ class Run:
             raise InputError(f"{path} cannot be resumed: {problem}. Put an intact copy back, or use another --out")
 
     def save(self, row: dict[str, float], scores: dict[str, Any]) -> None:
-        """Save an epoch: its `row` of the log, last.pt, and best.pt if its validation loss is the lowest so far."""
+        """Save an epoch: its `row` of the log, last.pt, and best.pt if it is the best so far by `--select`."""
         self.epoch = row["epoch"]
         if not self.is_main:
             return
@@ -211,10 +211,10 @@ class Run:
         if best is None:
             return f"There is no {self.folder / 'best.pt'}"
         others = []
-        for name, key, sign in (("val_loss", "val_loss", 1), ("val_iou_mean", "val_iou_mean", -1)):
+        for key, sign in (("val_loss", 1), ("val_iou_mean", -1)):
             scored = [row for row in self.log.rows if row.get(key) is not None]
             if scored and (other := min(scored, key=lambda row: sign * row[key])) is not best:
-                others.append(f"the best {name} {other[key]:.4f} is of epoch {other['epoch']}")
+                others.append(f"the best {key} {other[key]:.4f} is of epoch {other['epoch']}")
         found = f"Best epoch {best['epoch']} (val_loss {best['val_loss']:.4f}): {self.folder / 'best.pt'}"
         return "; ".join([found, *others])
 
@@ -259,7 +259,8 @@ class Run:
             return
         self.log.close()
         if self.log.rows:
-            save_figure(plot_curves(self.log.rows, self.class_table), self.folder / "curves.png")
+            best = next((row["epoch"] for row in self.log.rows if self._judge(row) == self.best_loss), None)
+            save_figure(plot_curves(self.log.rows, self.class_table, best), self.folder / "curves.png")
         self.lock.close()
 
 
@@ -282,16 +283,19 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(cuda_state, index)
 
 
-def plot_curves(rows: Sequence[dict[str, float]], class_table: ClassTable) -> Figure:
-    """Losses over the epochs and, if the rows have them, the IoU per class on the validation images."""
+def plot_curves(rows: Sequence[dict[str, float]], class_table: ClassTable, best: int | None = None) -> Figure:
+    """Losses over the epochs and, if the rows have them, the IoU per class on the validation images.
+
+    The epoch `best` is marked as that of best.pt.
+    """
     scored = any("val_iou_mean" in row for row in rows)
     figure = Figure(figsize=(10 if scored else 5, 3.6), layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, 1 + scored))
     epochs = [row["epoch"] for row in rows]
     axes[0].plot(epochs, [row["train_loss"] for row in rows], label="training", color="#0072b2")
     axes[0].plot(epochs, [row["val_loss"] for row in rows], label="validation", color="#d55e00", linestyle="--")
-    best = min(rows, key=lambda row: row["val_loss"])
-    axes[0].plot(best["epoch"], best["val_loss"], "o", color="#d55e00", label=f"best.pt (epoch {best['epoch']})")
+    if marked := [row["val_loss"] for row in rows if row["epoch"] == best]:
+        axes[0].plot(best, marked[0], "o", color="#d55e00", label=f"best.pt (epoch {best})")
     axes[0].set(xlabel="epoch", ylabel="loss")
     if scored:
         for name, (color, style) in class_styles(class_table).items():

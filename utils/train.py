@@ -105,7 +105,8 @@ def fit(
     """
     config, accelerator, device, class_names = run.config, run.accelerator, run.device, train_set.class_table.names
     train_loader, val_loader = make_loaders(model, step, train_set, val_set, run)
-    model = convert_sync_batchnorm(model, device).to(memory_format=torch.channels_last)
+    # On the device before it is copied for the average.
+    model = convert_sync_batchnorm(model, device).to(device, memory_format=torch.channels_last)
     average = AveragedModel(model, multi_avg_fn=moving_average(config.ema), use_buffers=True) if config.ema else None
     optimizer = make_optimizer(model, config)
     stopping = EarlyStopping(config.patience, config.min_delta)
@@ -305,15 +306,15 @@ def train_one_epoch(
                     accelerator.backward(loss * ranks)
                 step_loss += loss.detach() * share
                 images += size
-                # The bar redraws at most ten times a second. Only then is the loss read, which waits for the device.
-                if bar.update(size * ranks):
-                    check_finite(loss_sum.item(), f"training loss in epoch {epoch}", run.config)
-                    bar.set_postfix(loss=f"{loss_sum.item() / max(1, images):.4f}", refresh=False)
+                redrawn = bar.update(size * ranks)  # at most ten times a second
             if several and count is not None:
                 correction = expected / all_reduce_sum(counted).clamp(min=1e-6)
                 torch._foreach_mul_([one.grad for one in model.parameters() if one.grad is not None], correction)
                 step_loss *= correction
             loss_sum += step_loss * (batch_size / ranks)
+            if redrawn:  # only then is the loss read, which waits for the device
+                check_finite(loss_sum.item(), f"training loss in epoch {epoch}", run.config)
+                bar.set_postfix(loss=f"{loss_sum.item() / images:.4f}", refresh=False)
             optimizer.step()
             if average is not None:
                 average.update_parameters(accelerator.unwrap_model(model))

@@ -27,7 +27,7 @@ from utils.evaluation import (
     run_test,
     score,
 )
-from utils.files import InputError, read_csv, read_json
+from utils.files import InputError, read_csv, read_json, write_json
 from utils.helper import load_checkpoint
 from utils.image import picture_size
 from utils.metric import ConfusionMatrix
@@ -216,6 +216,7 @@ def test_files_of_a_test(prepared, model, tmp_path, figures):
     results.mkdir()
     for suffix in ("json", "csv", "png"):
         (results / f"robustness.{suffix}").write_text("old")
+    write_json(results / "metrics.json", {"iou": {}, "config": {}})
     text = score(model_test(model, prepared, tmp_path))
     assert not list(results.glob("robustness.*"))
     metrics = read_json(results / "metrics.json")

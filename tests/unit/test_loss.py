@@ -1,11 +1,13 @@
 """utils/loss.py: cross-entropy, Dice, and weighted sums of them."""
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from utils.dataset import IGNORE, UNCOVERED
-from utils.loss import LOSSES, SegmentationLoss, add_losses, cross_entropy, dice_loss
+from utils.config import TrainConfig
+from utils.dataset import IGNORE, PETS, UNCOVERED
+from utils.loss import LOSSES, SegmentationLoss, add_losses, cross_entropy, dice_loss, make_criterion
 
 NAMES = [*LOSSES, "cross-entropy+0.5*dice"]
 
@@ -68,13 +70,32 @@ def test_boundary_modes_and_uncovered_pixels(boundary, target):
 
 
 def test_balanced_weights_by_hand():
-    """8 pixels of background, 2 cats, 1 dog, 1 boundary that is background: weights 12 / (3 n)."""
-    pixels = [0] * 256
-    pixels[0], pixels[1], pixels[2], pixels[IGNORE], pixels[UNCOVERED] = 8, 2, 1, 1, 99
+    """9 pixels of background, 2 of cats, 1 of dogs: weights 12 / (3 n)."""
     logits, target = torch.randn(1, 3, 1, 3), torch.tensor([[[0, 1, 2]]], dtype=torch.uint8)
-    loss = SegmentationLoss("balanced", "background", pixels, 3)(logits, target).value
+    loss = SegmentationLoss("balanced", "background", [9, 2, 1])(logits, target).value
     weights = torch.tensor([12 / 27, 12 / 6, 12 / 3])
     torch.testing.assert_close(loss, F.cross_entropy(logits, target.long(), weight=weights))
+
+
+class Masks:
+    class_table = PETS
+
+    def masks(self):
+        yield np.array([[0, 0, 1, IGNORE]], np.uint8)
+        yield np.array([[0, 2, IGNORE, UNCOVERED]], np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("boundary", "counts"),
+    [("background", [5, 1, 1]), ("ignore", [3, 1, 1]), ("object", [3, 2, 2]), ("class", [3, 1, 1, 2])],
+)
+def test_weights_are_those_of_the_training_pixels(boundary, counts):
+    criterion, classes = make_criterion(TrainConfig(loss="balanced", boundary=boundary), Masks())
+    assert classes == len(counts)
+    logits, target = torch.randn(1, classes, 1, 3), torch.tensor([[[0, 1, 2]]], dtype=torch.uint8)
+    weights = torch.tensor([sum(counts) / (len(counts) * count) for count in counts])
+    expected = F.cross_entropy(logits, target.long(), weight=weights)
+    torch.testing.assert_close(criterion(logits, target).value, expected)
 
 
 def test_focal_loss_by_hand(target):

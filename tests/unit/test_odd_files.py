@@ -299,7 +299,7 @@ def test_photographs_that_their_exif_block_turns_fit_their_labels(prepared, tmp_
     assert prepared_names == set(seen)
     warned = [text for text in report["warnings"] if "--exif" in text]
     assert len(warned) == (exif is None and bool(both_fit))
-    assert all(f"{len(both_fit)} photographs" in text for text in warned)
+    assert all(f": {len(both_fit)} photographs" in text for text in warned)
 
 
 def test_oxford_photographs_stay_as_they_are_stored(base):
@@ -311,7 +311,7 @@ def test_oxford_photographs_stay_as_they_are_stored(base):
     before = path.read_bytes()
     report, _ = prepare(base)
     assert (base / "TrainVal/color/dogs/synthetic_dog_1.jpg").read_bytes() == before
-    assert any("1 photographs are turned" in text and "used stored" in text for text in report["warnings"])
+    assert any(": 1 photographs; used stored" in text for text in report["warnings"])
 
 
 # --- Label values that nobody meant

@@ -29,7 +29,7 @@ from utils import loader as loader_module
 from utils.config import TrainConfig, as_plain_dict, parse, run_script
 from utils.dataset import IGNORE
 from utils.distributed import init_distributed
-from utils.evaluation import clear_results
+from utils.evaluation import clear_results, lock_results
 from utils.files import InputError, acquire_lock, atomic_path, read_json, write_json
 from utils.helper import load_checkpoint, save_checkpoint
 from utils.loader import EpochBatchSampler, make_loader
@@ -191,7 +191,7 @@ def test_an_unreadable_photograph_is_not_taken_for_an_unwritable_cache(base, mon
 def test_a_results_folder_that_cannot_be_written_is_told_before_the_work(tmp_path):
     (tmp_path / "test").touch()
     with pytest.raises(InputError, match=r"cannot write the results in .*Choose another --out"):
-        clear_results(tmp_path / "test", ["a"])
+        lock_results(tmp_path / "test")
 
 
 @pytest.mark.parametrize("variables", [{"PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}, {}])
@@ -208,16 +208,22 @@ def test_names_that_the_terminal_cannot_show_are_printed_anyway(tmp_path, variab
 
 
 def losses():
-    return [(name, boundary) for name in (*LOSSES, "cross-entropy+0.5*dice") for boundary in ("background", "ignore")]
+    boundaries = ("background", "ignore", "object", "class")
+    return [(name, boundary) for name in (*LOSSES, "cross-entropy+0.5*dice") for boundary in boundaries]
+
+
+def make_loss(name, boundary):
+    """A loss with weights of the classes, which the balanced ones use."""
+    return SegmentationLoss(name, boundary, [900, 80, 20, 50][: 3 + (boundary == "class")])
 
 
 class Pixels(nn.Module):
     """A segmenter with batch norm, whose statistics must be counted once per step."""
 
-    def __init__(self):
+    def __init__(self, classes=3):
         super().__init__()
         torch.manual_seed(0)
-        self.layers = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 3, 1))
+        self.layers = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, classes, 1))
 
     def forward(self, image):
         return self.layers(image)
@@ -237,7 +243,7 @@ def sample_batches(images: int, size: int):
 
 @pytest.mark.parametrize(("name", "boundary"), losses())
 def test_the_validation_loss_does_not_depend_on_the_batches(name, boundary):
-    criterion, model = SegmentationLoss(name, boundary), Pixels()
+    criterion, model = make_loss(name, boundary), Pixels(3 + (boundary == "class"))
 
     def step(model, batch):
         return StepOutput(criterion(model(batch["image"]), batch["mask"]))
@@ -252,14 +258,14 @@ def test_the_validation_loss_does_not_depend_on_the_batches(name, boundary):
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 3])
 def test_the_gradient_does_not_depend_on_the_micro_batches(prepared, tmp_path, name, boundary, micro_batch_size):
     """The weights after a step of plain Adam's first update only show signs, so the gradient itself is compared."""
-    criterion, gradients = SegmentationLoss(name, boundary), []
+    criterion, gradients = make_loss(name, boundary), []
 
     def step(model, batch):
         return StepOutput(criterion(model(batch["image"]), batch["mask"]))
 
     for micro in (None, micro_batch_size):
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 3, 1))
+        model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 3 + (boundary == "class"), 1))
         gradients.append(first_gradient(prepared, tmp_path / str(micro), model, step, micro))
     for whole, parts in zip(*gradients, strict=True):
         torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-7)
@@ -309,17 +315,18 @@ def test_a_second_preparation_waits_outside(base):
 
 
 def test_a_second_test_in_a_folder_is_refused(tmp_path):
-    with clear_results(tmp_path, ["a"]), pytest.raises(InputError, match="another test is writing there"):
-        clear_results(tmp_path, ["b"])
-    clear_results(tmp_path, ["b"]).close()
+    with lock_results(tmp_path), pytest.raises(InputError, match="another test is writing there"):
+        lock_results(tmp_path)
+    lock_results(tmp_path).close()
 
 
 def test_masks_of_an_earlier_larger_test_and_leftovers_are_removed(tmp_path):
-    clear_results(tmp_path, ["a", "b"]).close()
+    (tmp_path / "masks").mkdir()
+    clear_results(tmp_path, ["a", "b"])
     for name in ("a.png", "b.png", "b_background.png", "own.png", ".a.png.12.tmp"):
         (tmp_path / "masks" / name).touch()
     (tmp_path / "metrics.json").touch()
-    clear_results(tmp_path, ["a"]).close()
+    clear_results(tmp_path, ["a"])
     assert {path.name for path in (tmp_path / "masks").iterdir()} == {"own.png"}, "a file of the user stays"
     assert not (tmp_path / "metrics.json").exists()
 
@@ -327,22 +334,25 @@ def test_masks_of_an_earlier_larger_test_and_leftovers_are_removed(tmp_path):
 @pytest.mark.parametrize("content", ["{}", '{"images": ["../../precious"]}', '{"images": [3]}', "[]", ""])
 def test_an_edited_list_of_masks_deletes_nothing_else(tmp_path, content):
     results = tmp_path / "run/test"
-    clear_results(results, ["a"]).close()
+    results.mkdir(parents=True)
+    clear_results(results, ["a"])
     (tmp_path / "precious.png").touch()
+    (results / "metrics.json").touch()
     (results / ".masks.json").write_text(content)
     with pytest.raises(InputError, match=r"\.masks\.json"):
         clear_results(results, ["a"])
-    assert (tmp_path / "precious.png").exists()
+    assert (tmp_path / "precious.png").exists() and (results / "metrics.json").exists()
 
 
-@pytest.mark.parametrize("name", ["masks/a.png", "images.csv"])
+@pytest.mark.parametrize("name", ["masks/a.png", "images.csv", "predictions.png", "metrics.json"])
 def test_files_that_no_test_wrote_are_never_replaced(tmp_path, name):
     (tmp_path / name).parent.mkdir(exist_ok=True)
-    (tmp_path / name).touch()
+    (tmp_path / name).write_text("{}")
     with pytest.raises(InputError, match="is there already, and of no test"):
         clear_results(tmp_path, ["a"])
-    (tmp_path / "metrics.json").touch()  # of a test of an earlier version
-    clear_results(tmp_path, ["a"]).close()
+    assert (tmp_path / name).exists()
+    write_json(tmp_path / "metrics.json", {"iou": {}, "config": {}})  # of a test of an earlier version
+    clear_results(tmp_path, ["a"])
 
 
 def test_leftovers_of_a_killed_cache_are_removed(base):
@@ -561,7 +571,7 @@ def test_a_cache_that_vanished_is_named(base, damage):
     prepare(base)
     cache = Cache(find_records(base, "Test"), 32)
     damage(cache.path)
-    with pytest.raises(InputError, match=r"\.u8 has been deleted or cut short; start again, with --resume"):
+    with pytest.raises(InputError, match=r"\.u8 has been deleted or cut short; start again"):
         cache[0]
 
 

@@ -176,7 +176,7 @@ def test_curves_show_losses_and_iou():
     names = (*PETS.names, "mean")
     scores = {f"val_iou_{name}": [0.1 * number, 0.2, 0.3] for number, name in enumerate(names)}
     scores["val_iou_cat"][0] = None  # no cat in truth or prediction
-    losses, iou = plot_curves(make_rows(**scores), PETS).axes
+    losses, iou = plot_curves(make_rows(**scores), PETS, 2).axes
     curves = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in losses.lines}
     assert curves == {
         "training": ([1, 2, 3], [0.9, 0.5, 0.1]),
@@ -191,7 +191,7 @@ def test_curves_show_losses_and_iou():
 
 
 def test_curves_of_a_reconstruction_show_no_iou():
-    (losses,) = plot_curves(make_rows(), PETS).axes
+    (losses,) = plot_curves(make_rows(), PETS, 2).axes
     assert losses.get_ylabel() == "loss"
 
 
