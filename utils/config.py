@@ -118,7 +118,7 @@ class TrainConfig:
         "constant", "learning-rate schedule: constant, or cosine decay to zero over --epochs", strong="cosine"
     )
     warmup: float = flag(
-        0.0, "epochs in which the learning rate rises from zero, it may be a fraction, such as 0.5", low=0, strong=1.0
+        0.0, "epochs in which the learning rate rises from zero, may be a fraction, such as 0.5", low=0, strong=1.0
     )
     weight_decay: float = flag(0.0, "weight decay, not of norms and biases", low=0, strong=1e-2)
     ema: float = flag(
@@ -126,14 +126,12 @@ class TrainConfig:
         "validate and save an exponential moving average of the weights, with this decay (0: none)",
         low=0,
         high=0.99999,
-        strong=0.999,
     )
     image_size: int = flag(256, "edge in pixels of the square that images are resized to", low=32)
     loss: str = flag(
         "cross-entropy",
         "a loss of utils/loss.py, or a weighted sum such as cross-entropy+0.5*dice",
         parse=parse_loss,
-        strong="cross-entropy+dice",
     )
     boundary: Literal["background", "ignore", "object", "class"] = flag(
         "background",
@@ -141,17 +139,14 @@ class TrainConfig:
         strong="ignore",
     )
     augment: Literal["none", "report", "jitter", "strong"] = flag(
-        "report", "variation of the training images (dataset/augmentation.py)", strong="strong"
+        "report", "variation of the training images (dataset/augmentation.py)"
     )
-    paste: float = flag(
-        0.0, "probability of pasting another training pet into a training image", low=0, high=1, strong=0.3
-    )
+    paste: float = flag(0.0, "probability of pasting another training pet into a training image", low=0, high=1)
     val_fraction: float = flag(0.1, "share of TrainVal used for validation", low=0.001, high=0.9)
     patience: int = flag(3, "stop after this many epochs without a better validation loss (0: never)", low=0, strong=0)
     select: Literal["loss", "miou"] = flag(
         "loss",
         "best.pt is the epoch with the lowest validation loss, or with the highest validation mIoU",
-        strong="miou",
     )
     min_delta: float = flag(1e-3, "a validation loss counts as better if it is lower by at least this", low=0)
     workers: int | None = flag(

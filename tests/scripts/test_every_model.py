@@ -38,6 +38,7 @@ def tiny_flags(experiment: Experiment, clip_folder: Path) -> list[object]:
     """One epoch of a tiny model by the strong recipe, with the flags that its train.py has and the experiment takes."""
     known = config_fields(experiment, "train")
     values = dict(zip(TINY[::2], TINY[1::2])) | {"--val-fraction": 0.25, "--recipe": "strong", "--warmup": 0.5}
+    values |= {"--ema": 0.9, "--paste": 0.5, "--augment": "strong", "--loss": "cross-entropy+dice"}
     values |= {flag_name(name): 1 for name in known if name.endswith("epochs")}
     values |= {flag_name(name): clip_folder for name in known if name == "clip_model"}
     takes = {flag_name(name) for name in known} - set(experiment.refuses)

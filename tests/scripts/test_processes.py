@@ -31,7 +31,7 @@ from utils.config import TrainConfig, recipe_defaults
 from utils.files import read_csv, read_json
 from utils.helper import load_checkpoint
 
-STRONG = recipe_defaults(TrainConfig, "strong") | {"warmup": 0.5, "ema": 0.9, "paste": 0.5}
+STRONG = recipe_defaults(TrainConfig, "strong") | {"warmup": 0.5, "ema": 0.9, "paste": 0.5, "augment": "strong"}
 STRONG["schedule"] = "constant"  # a cosine depends on --epochs, which the test changes
 TRAIN = """
 import json, sys

@@ -77,7 +77,7 @@ def test_bad_flags_end_with_code_2(config, arguments, message, capsys):
 def test_a_recipe_is_a_set_of_defaults(tmp_path):
     report, strong = (parse(UNetConfig, "doc", ["--recipe", name]) for name in ("report", "strong"))
     assert report == UNetConfig(), "the defaults are the report's"
-    assert (strong.loss, strong.boundary, strong.optimizer) == ("cross-entropy+dice", "ignore", "adamw")
+    assert (strong.lr, strong.boundary, strong.optimizer) == (1e-3, "ignore", "adamw")
     given = parse(UNetConfig, "doc", ["--recipe", "strong", "--loss", "focal"])
     assert given.loss == "focal" and given.boundary == "ignore", "a flag that is given wins"
     write_json(tmp_path / "config.json", as_plain_dict(given) | {"out": str(tmp_path)})

@@ -84,7 +84,9 @@ def interrupted_at(call):
     return step
 
 
-STRONG = recipe_defaults(TrainConfig, "strong") | {"warmup": 0.5, "ema": 0.9, "paste": 0.5}
+STRONG = recipe_defaults(TrainConfig, "strong") | {
+    "warmup": 0.5, "ema": 0.9, "paste": 0.5, "augment": "strong", "loss": "cross-entropy+dice",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("precision", "recipe"), [("fp32", {"lr": 1e-2}), ("bf16", {"lr": 1e-2}), ("fp32", STRONG)])
