@@ -131,7 +131,7 @@ def test_quoted_rows_are_rows_of_the_table(folder):
     assert not wrong, f"results/{folder}/table.md does not have these rows, which are quoted: {wrong}"
 
 
-COLUMNS = {  # heads of tables whose rows are runs, and the columns of runs.csv
+COLUMNS = {"boundary IoU": "boundary_iou",   # heads of tables whose rows are runs, and the columns of runs.csv
     "mIoU": "iou", "Dice": "dice", "accuracy": "accuracy", "baseline mIoU": "baseline_iou",
     "clicks inside their own mask": "own_mask", "mask follows the click": "flips",
 }  # fmt: skip
