@@ -267,57 +267,32 @@ def train_one_epoch(
     """One pass over `loader`; returns the mean loss per image over all ranks, and further columns of the log.
 
     Each step has a learning rate of its own, and updates `average`.
-
-    The gradient of a step is that of the loss of its whole batch, however it is cut into micro-batches and shared by
-    ranks. With one micro-batch, each rank adds the sums of the others to its own. With several, the total of a ratio is
-    divided by an expected count first, and the gradient is corrected when the true count is known; other formulas need
-    the sums in advance (`sum_losses`).
     """
-    accelerator, sampler, ranks = run.accelerator, loader.batch_sampler, run.accelerator.num_processes
+    ranks, sampler = run.accelerator.num_processes, loader.batch_sampler
     model.train()
     sampler.set_epoch(epoch)
     loss_sum, images, began = torch.zeros((), device=run.device), 0, time.perf_counter()
     title = f"{run.folder.name}: epoch {epoch}/{run.config.epochs}"
-    micro_batches, count = iter(loader), None
+    micro_batches, steps, counted = iter(loader), sampler.batches(), None
     with tqdm(total=sampler.samples, desc=title, unit="image", leave=False, disable=not run.is_main) as bar:
-        steps = sampler.batches()
         for place, (batch_size, parts) in enumerate(steps, start=1):
             lr = learning_rate(run.config, epoch - 1 + (place - 0.5) / len(steps))
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.zero_grad()
-            batches, total, counted, step_loss = [next(micro_batches) for _ in range(parts)], None, 0, 0
+            batches = [next(micro_batches) for _ in range(parts)]
             several = sampler.has_several(batch_size)
-            if several and count is None:
-                total = sum_losses(accelerator.unwrap_model(model), step, batches, run.device)
-            for number, batch in enumerate(batches, start=1):
-                batch = prepare_batch(batch, run.device)
-                size = len(batch["image"])
-                with nullcontext() if number == parts else accelerator.no_sync(model):
-                    sums, formula, count = step(model, batch).loss
-                    if several and count is not None:
-                        expected = count * batch_size / size
-                        loss, share = sums[0] / expected, ranks
-                        counted = counted + sums[1].detach()
-                    else:
-                        total = all_reduce_sum(sums.detach()) if total is None else total
-                        loss, share = formula(sums + (total - sums.detach())), size * ranks / batch_size
-                    # Gradients are averaged over the ranks, so each loss is scaled by their number.
-                    accelerator.backward(loss * ranks)
-                step_loss += loss.detach() * share
-                images += size
-                redrawn = bar.update(size * ranks)  # at most ten times a second
-            if several and count is not None:
-                correction = expected / all_reduce_sum(counted).clamp(min=1e-6)
-                torch._foreach_mul_([one.grad for one in model.parameters() if one.grad is not None], correction)
-                step_loss *= correction
-            loss_sum += step_loss * (batch_size / ranks)
-            if redrawn:  # only then is the loss read, which waits for the device
-                check_finite(loss_sum.item(), f"training loss in epoch {epoch}", run.config)
-                bar.set_postfix(loss=f"{loss_sum.item() / images:.4f}", refresh=False)
+            loss, counted = backward(model, step, batches, batch_size, run, several=several, counted=counted)
             optimizer.step()
             if average is not None:
-                average.update_parameters(accelerator.unwrap_model(model))
+                average.update_parameters(run.accelerator.unwrap_model(model))
+            own = sum(len(batch["image"]) for batch in batches)
+            loss_sum += loss * own
+            images += own
+            # The bar redraws at most ten times a second. Only then is the loss read, which waits for the device.
+            if bar.update(own * ranks):
+                check_finite(loss_sum.item(), f"training loss in epoch {epoch}", run.config)
+                bar.set_postfix(loss=f"{loss_sum.item() / images:.4f}", refresh=False)
     total_loss, total_images = all_reduce_sum(torch.stack([loss_sum, loss_sum.new_tensor(images)])).tolist()
     check_finite(total_loss, f"training loss in epoch {epoch}", run.config)
     seconds = time.perf_counter() - began
@@ -325,10 +300,54 @@ def train_one_epoch(
     return total_loss / total_images, columns
 
 
+def backward(
+    model: nn.Module,
+    step: Step,
+    batches: Sequence[dict[str, Any]],
+    batch_size: int,
+    run: "Run",
+    *,
+    several: bool,
+    counted: bool | None,
+) -> tuple[Tensor, bool]:
+    """Add the gradient of a step's loss, over all ranks, to the parameters; returns the loss, and `counted`.
+
+    It is the loss of the whole batch of `batch_size` images, however it is cut into micro-batches, `several` in at
+    least one rank, and shared by ranks. Each micro-batch takes the gradient of its own part of the sums, with the sums
+    of all others as constants; they come from `sum_losses`, if there are several. A total divided by a count needs no
+    such pass: it is divided by the count that is expected, and the gradient is corrected when the true one is known.
+    `counted` is whether the loss is one (None: not known before the first step).
+    """
+    accelerator = run.accelerator
+    sums = None
+    if several and not counted:
+        sums = sum_losses(accelerator.unwrap_model(model), step, batches, run.device)
+    totals = torch.zeros(2, device=run.device)  # of a total divided by a count
+    for number, batch in enumerate(batches, start=1):
+        batch = prepare_batch(batch, run.device)
+        with nullcontext() if number == len(batches) else accelerator.no_sync(model):
+            own, formula, count = step(model, batch).loss
+            if several and sums is None:
+                expected = count * batch_size / len(batch["image"])
+                totals += own.detach()
+                loss = own[0] / expected
+            else:
+                sums = all_reduce_sum(own.detach()) if sums is None else sums
+                loss = formula(own + (sums - own.detach()))
+            # Gradients are averaged over the ranks, so each loss is scaled by their number.
+            accelerator.backward(loss * accelerator.num_processes)
+    if sums is not None:
+        return loss.detach(), count is not None
+    totals = all_reduce_sum(totals)
+    correction = expected / totals[1].clamp(min=1e-6)
+    torch._foreach_mul_([one.grad for one in model.parameters() if one.grad is not None], correction)
+    return formula(totals), True
+
+
 @torch.no_grad()
 def sum_losses(model: nn.Module, step: Step, batches: Sequence[dict[str, Any]], device: torch.device) -> Tensor | None:
     """The sums of the loss over the micro-batches of an optimizer step and over all ranks, by forward passes that leave
-    the batch-norm statistics as they were; None for a ratio, which does not need them."""
+    the batch-norm statistics as they were; None for a total divided by a count, which does not need them."""
     before, total = [buffer.clone() for buffer in model.buffers()], 0
     for batch in batches:
         loss = step(model, prepare_batch(batch, device)).loss
