@@ -362,6 +362,8 @@ def _read_pair(pair: Pair, class_table: ClassTable) -> tuple[Image.Image, np.nda
             to_rgb(image)  # raises if its values are no brightness
         file = pair.label
         label = load_picture(pair.label)
+        if turn_upright(label) is not label:
+            raise InputError("its EXIF block turns it, which is ambiguous for a label; save it without")
         classes = class_table.decode_label(label) if pair.species is None else decode_trimap(label, pair.species)
     except InputError as error:
         return Outcome(pair, str(error).removeprefix(f"{file}: "), file)

@@ -4,6 +4,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,16 @@ from tqdm import tqdm
 
 from utils.dataset import ClassTable
 from utils.distributed import all_gather_objects, rank, world_size
-from utils.files import InputError, acquire_lock, atomic_path, fit_name, format_csv, read_csv, write_bytes
+from utils.files import (
+    InputError,
+    acquire_lock,
+    atomic_path,
+    fit_name,
+    format_csv,
+    read_csv,
+    remove_leftovers,
+    write_bytes,
+)
 from utils.helper import class_table_of
 from utils.image import find_pictures, load_picture, rescale_point, resize_image, to_rgb
 from utils.loader import prepare_batch
@@ -192,13 +202,15 @@ def predict_photographs(
     notes = [line for line in (found.format_passed_over(),) if line]
     if not files:
         raise InputError("\n".join([f"no picture in {', '.join(map(str, paths))}", *notes, *found.problems]))
-    (claims,) = all_gather_objects([claim_masks(files, out, overwrite)] if rank() == 0 else [])
-    began = time.time_ns()
-    try:
-        failed = all_gather_objects(_segment(predictor, claims.masks, out, point))
-    finally:
-        if rank() == 0:
-            release_masks(claims, out, began)
+    busy = f"{out}: another process is writing masks there; wait for it, or choose another --out"
+    with acquire_lock(out / ".lock", timeout=0, busy=busy) if rank() == 0 else nullcontext():
+        (claims,) = all_gather_objects([claim_masks(files, out, overwrite)] if rank() == 0 else [])
+        began = time.time_ns()
+        try:
+            failed = all_gather_objects(_segment(predictor, claims.masks, out, point))
+        finally:
+            if rank() == 0:
+                release_masks(claims, out, began)
     problems = [*found.problems, *claims.refused, *failed]
     summary = "\n".join([f"{len(claims.masks) - len(failed)} pictures segmented: {out}", *notes])
     if problems:
@@ -243,7 +255,7 @@ def claim_masks(files: Sequence[tuple[Path, Path]], out: Path, overwrite: bool) 
     """Name the mask of each file (photograph, its path below the given folder), and add them to the index of `out`.
 
     A mask has its photograph's name without suffix, or with it where two photographs differ only in the suffix. The
-    index holds a mask before it is written, so that an interrupted call can be repeated.
+    index holds a mask before it is written, so that an interrupted call can be repeated. Under the lock of `out`.
     """
     named = {(photograph.absolute(), below) for photograph, below in files}  # one that is given twice counts once
     stems = Counter(below.with_suffix("") for _, below in named)
@@ -253,20 +265,21 @@ def claim_masks(files: Sequence[tuple[Path, Path]], out: Path, overwrite: bool) 
         name = fit_name(stem, "_overlay.jpg").removesuffix("_overlay.jpg")
         wanted.setdefault(below.with_name(f"{name}_mask.png"), set()).add(photograph.absolute())
     masks, refused = {}, []
-    with acquire_lock(out / ".lock"):
-        index = read_index(out)
-        for mask, photographs in wanted.items():
-            (first, *others), owner = sorted(photographs), index.get(mask)
-            same = owner is not None and real(owner) == real(first)
-            if others:
-                hint = "give them in two calls, with another --out each"
-                refused.append(f"{first} and {others[0]} would both be {out / mask}: {hint}")
-            elif (taken := _written(out / mask)) and not same and not overwrite:
-                whose = f"of {owner}" if owner else "there already, perhaps of another photograph"
-                refused.append(f"{first}: {taken[0]} is {whose}: choose another --out, or add --overwrite")
-            else:
-                masks[mask] = first
-        write_index(out, index | masks)
+    for folder in {(out / mask).parent for mask in wanted}:
+        remove_leftovers(folder)
+    index = read_index(out)
+    for mask, photographs in wanted.items():
+        (first, *others), owner = sorted(photographs), index.get(mask)
+        same = owner is not None and real(owner) == real(first)
+        if others:
+            hint = "give them in two calls, with another --out each"
+            refused.append(f"{first} and {others[0]} would both be {out / mask}: {hint}")
+        elif (taken := _written(out / mask)) and not same and not overwrite:
+            whose = f"of {owner}" if owner else "there already, perhaps of another photograph"
+            refused.append(f"{first}: {taken[0]} is {whose}: choose another --out, or add --overwrite")
+        else:
+            masks[mask] = first
+    write_index(out, index | masks)
     return Claims(masks, index, refused)
 
 
@@ -280,14 +293,13 @@ def _written(mask: Path) -> list[Path]:
 
 def release_masks(claims: Claims, out: Path, began: int) -> None:
     """Give claimed masks that have not been written since `began`, in ns, back to their former photograph, if any."""
-    with acquire_lock(out / ".lock"):
-        index = read_index(out)
-        for mask in claims.masks:
-            path = out / mask
-            if not path.exists() or path.stat().st_mtime_ns < began - 2_000_000_000:  # some file systems round to 2 s
-                index.pop(mask, None)
-                index |= {mask: claims.former[mask]} if path.exists() and mask in claims.former else {}
-        write_index(out, index)
+    index = read_index(out)
+    for mask in claims.masks:
+        path = out / mask
+        if not path.exists() or path.stat().st_mtime_ns < began - 2_000_000_000:  # some file systems round to 2 s
+            index.pop(mask, None)
+            index |= {mask: claims.former[mask]} if path.exists() and mask in claims.former else {}
+    write_index(out, index)
 
 
 def read_index(out: Path) -> dict[Path, Path]:

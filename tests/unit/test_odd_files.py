@@ -20,7 +20,7 @@ from unet.model import UNet
 from utils import image as image_module
 from utils.dataset import IGNORE, PETS, decode_trimap
 from utils.figures import save_figure
-from utils.files import InputError
+from utils.files import InputError, acquire_lock
 from utils.helper import load_checkpoint
 from utils.image import find_pictures, load_picture, to_rgb
 from utils.predictor import Predictor, predict_photographs
@@ -302,6 +302,15 @@ def test_photographs_that_their_exif_block_turns_fit_their_labels(prepared, tmp_
     assert all(f": {len(both_fit)} photographs" in text for text in warned)
 
 
+def test_a_label_that_its_exif_block_turns_is_refused(base):
+    path = base / "annotations/trimaps/synthetic_dog_1.png"
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.open(path).save(path, exif=exif)
+    (reason,) = left_out(base).values()
+    assert "its EXIF block turns it, which is ambiguous for a label" in reason
+
+
 def test_oxford_photographs_stay_as_they_are_stored(base):
     """Their labels were drawn on the stored pixels."""
     path = base / "images/synthetic_dog_1.jpg"
@@ -546,6 +555,19 @@ def test_an_interrupted_call_can_be_repeated(predictor, tmp_path, monkeypatch):
         predict_photographs(predictor, [tmp_path / "in"], tmp_path / "out")
     monkeypatch.undo()
     assert "2 pictures segmented" in predict_photographs(predictor, [tmp_path / "in"], tmp_path / "out")
+
+
+def test_leftovers_of_a_killed_call_are_removed_under_the_lock(predictor, tmp_path):
+    make(tmp_path / "in/a.png", tmp_path / "in/b/c.png")
+    (tmp_path / "out/b").mkdir(parents=True)
+    leftovers = [tmp_path / "out/.a_mask.png.12.tmp", tmp_path / "out/b/.c_mask.png.12.tmp"]
+    for path in leftovers:
+        path.touch()
+    with acquire_lock(tmp_path / "out/.lock"), pytest.raises(InputError, match="another process is writing masks"):
+        predict_photographs(predictor, [tmp_path / "in"], tmp_path / "out")
+    assert all(path.exists() for path in leftovers)
+    predict_photographs(predictor, [tmp_path / "in"], tmp_path / "out")
+    assert not any(path.exists() for path in leftovers)
 
 
 def change_lists(base: Path, change, encoding="utf-8") -> None:
