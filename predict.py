@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from utils.config import flag, parse, parse_point, run_script
+from utils.config import flag, parse, parse_point
+from utils.script import run_script
 
 
 @dataclass

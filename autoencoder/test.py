@@ -10,7 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.config import TestConfig, flag, parse, run_script
+from utils.config import TestConfig, flag, parse
+from utils.script import run_script
 
 
 @dataclass

@@ -11,8 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.config import TrainConfig, as_plain_dict, flag, parse, run_script, weighted_sum
+from utils.config import TrainConfig, as_plain_dict, flag, parse, weighted_sum
 from utils.files import InputError, write_json
+from utils.script import run_script
 
 
 def parse_reconstruction_loss(text: str) -> str:

@@ -13,8 +13,9 @@ from pprint import pprint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.config import flag, parse, run_script
+from utils.config import flag, parse
 from utils.files import InputError, write_json
+from utils.script import run_script
 
 BENCHMARKS = ("startup", "cpu_step", "loader", "models", "evaluation", "clip")  # files of this folder
 

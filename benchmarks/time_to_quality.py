@@ -14,8 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.config import flag, parse, run_script
+from utils.config import flag, parse
 from utils.files import InputError, format_csv, write_bytes, write_json
+from utils.script import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 EPOCH = re.compile(r"epoch (\d+)/\d+ .*val_iou_mean ([\d.]+)")

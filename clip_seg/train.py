@@ -10,7 +10,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from clip_seg.config import ClipConfig
-from utils.config import flag, parse, run_script
+from utils.config import flag, parse
+from utils.script import run_script
 
 
 @dataclass

@@ -18,20 +18,17 @@ was left out. 2: wrong arguments.
 """
 
 import hashlib
-import io
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
 import threading
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -39,17 +36,13 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from dataset.originals import (
-    BREEDS,
     REPORT,
     SPLITS,
     Originals,
     Pair,
-    breed_of,
     download,
     file_state,
     find_originals,
@@ -58,38 +51,21 @@ from dataset.originals import (
     relative,
     visible_files,
 )
+from dataset.pairs import Outcome, process_pair, write_if_changed
 from dataset.synthetic import draw_dataset
-from utils.config import flag, parse, run_script
-from utils.dataset import PETS, ClassTable, decode_trimap
-from utils.dataset_prep import sample_points
+from utils.config import flag, parse
+from utils.dataset import PETS, ClassTable
 from utils.files import (
     InputError,
     acquire_lock,
-    atomic_path,
     format_csv,
     remove_leftovers,
-    write_bytes,
     write_json,
 )
-from utils.image import load_picture, to_rgb, turn_upright
 from utils.machine import usable_cores
+from utils.script import run_script
 
 VERSION = 3  # increase when the prepared files change, so that every folder is prepared again
-
-
-@dataclass
-class Outcome:
-    """The result for a pair: left out if `reason` is set, else written under `folder`."""
-
-    pair: Pair
-    reason: str = ""
-    file: Path | None = None  # that the reason is about (default: the photograph)
-    failed: bool = False  # the machine could not read it, so that it is tried again next time
-    exif: str = ""  # "stored" or "upright": how it was used, if its EXIF block turns it and its label fits both ways
-    folder: str = ""
-    converted: str = ""
-    pixels: bytes = b""  # hash of the decoded photograph
-    points: list[tuple[str, int, int]] = field(default_factory=list)
 
 
 @dataclass
@@ -198,7 +174,7 @@ def _prepare(
     for split in SPLITS:
         clicks = sorted((outcome.pair.name, outcome.points) for outcome in kept if outcome.pair.split == split)
         rows = [(name, *point) for name, points in clicks for point in points]
-        _write_if_changed(base / split / "points.csv", format_csv(["name", "class", "x", "y"], rows))
+        write_if_changed(base / split / "points.csv", format_csv(["name", "class", "x", "y"], rows))
 
     folders = product(SPLITS, class_table.species)
     found = Counter((outcome.pair.split, outcome.folder) for outcome in kept)
@@ -290,88 +266,6 @@ def _start_worker() -> None:
     threading.Thread(target=follow_parent, daemon=True).start()
 
 
-def process_pair(pair: Pair, **options: Any) -> Outcome:
-    """`_process_pair`; a pair that does not fit in memory has failed."""
-    try:
-        return _process_pair(pair, **options)
-    except MemoryError:
-        return Outcome(pair, "does not fit in memory; scale it down", pair.image, failed=True)
-
-
-def _process_pair(
-    pair: Pair,
-    *,
-    base: Path,
-    seed: int,
-    exif: str | None = None,
-    oxford: bool = False,
-    class_table: ClassTable = PETS,
-) -> Outcome:
-    """Check one pair and write its prepared image and label. OSError when a file cannot be written.
-
-    `exif` is `--exif`; `oxford`: it is in Oxford's layout, whose labels were drawn on the stored pixels.
-    """
-    read = _read_pair(pair, class_table)
-    if isinstance(read, Outcome):
-        return read
-    image, classes = read
-    turned, label_size = turn_upright(image), classes.shape[::-1]
-    fits = {"stored": image.size == label_size, "upright": turned.size == label_size}
-    default = "stored" if oxford or breed_of(pair.name) in BREEDS else "upright"
-    way = exif or (default if fits[default] else next((way for way in fits if fits[way]), default))
-    chosen = turned if way == "upright" else image
-    if not fits[way]:
-        return Outcome(pair, "image is {}x{}, its label {}x{}".format(*chosen.size, *label_size))
-    found = [folder for folder, value in class_table.species.items() if (classes == value).any()]
-    if len(found) != 1:
-        return Outcome(pair, f"{' and '.join(found)} in one label" if found else "no pet in its label", pair.label)
-
-    (folder,) = found
-    prepared = base / pair.split / "color" / folder / f"{pair.name}.jpg"
-    rgb = to_rgb(chosen)
-    changes = [] if image.format == "JPEG" else [f"is a {image.format} picture ({image.mode})"]
-    changes += [] if chosen is image else ["its EXIF block turns it"]
-    if not changes:
-        _link(pair.image, prepared)
-    else:
-        try:
-            content = _encode(rgb, "JPEG", quality=95, subsampling=0)
-        except OSError as error:  # not a disk error: the picture has more than 65500 pixels on an edge
-            return Outcome(pair, f"cannot be saved as JPEG ({error}); scale it down")
-        _write_if_changed(prepared, content)
-    # Compression level 1 takes less than half of the default's time; labels remain a few kB.
-    content = _encode(class_table.encode_label(classes), "PNG", compress_level=1)
-    _write_if_changed(base / pair.split / "label" / folder / f"{pair.name}.png", content)
-    rng = np.random.default_rng([seed, zlib.crc32(pair.name.encode())])  # the points do not depend on other files
-    return Outcome(
-        pair,
-        folder=folder,
-        converted=f"{', '.join(changes)}; converted to JPEG" if changes else "",
-        exif=way if turned is not image and all(fits.values()) and exif is None else "",
-        pixels=hashlib.blake2b(rgb.tobytes(), digest_size=16, salt=str(rgb.size).encode()).digest(),
-        points=sample_points(classes, class_table, rng),
-    )
-
-
-def _read_pair(pair: Pair, class_table: ClassTable) -> tuple[Image.Image, np.ndarray] | Outcome:
-    """The photograph, and the classes (H, W) of its label; the outcome if one of them cannot be used."""
-    file = pair.image
-    try:
-        image = load_picture(pair.image)
-        if image.mode != "RGB":
-            to_rgb(image)  # raises if its values are no brightness
-        file = pair.label
-        label = load_picture(pair.label)
-        if turn_upright(label) is not label:
-            raise InputError("its EXIF block turns it, which is ambiguous for a label; save it without")
-        classes = class_table.decode_label(label) if pair.species is None else decode_trimap(label, pair.species)
-    except InputError as error:
-        return Outcome(pair, str(error).removeprefix(f"{file}: "), file)
-    except OSError as error:  # no permission, a failing disk: not a damaged file
-        return Outcome(pair, f"cannot be read ({error.strerror}); run again when it can", file, failed=True)
-    return image, classes
-
-
 def _leave_out_copies(outcomes: Iterable[Outcome]) -> None:
     """Leave out TrainVal pictures that are also in Test, or twice in TrainVal, where they could be on both sides of the
     train/validation split. Test itself stays complete, so that scores are comparable with published ones."""
@@ -406,27 +300,6 @@ def _prepared_folders(base: Path, class_table: ClassTable) -> list[Path]:
 
 def _prepared_files(base: Path, class_table: ClassTable) -> list[Path]:
     return [path for folder in _prepared_folders(base, class_table) for path in visible_files(folder)]
-
-
-def _link(original: Path, prepared: Path) -> None:
-    if prepared.exists() and prepared.samefile(original):
-        return
-    with atomic_path(prepared) as temporary:
-        try:
-            os.link(original.resolve(), temporary)
-        except OSError:  # on another file system, or on one without hard links
-            shutil.copyfile(original, temporary)
-
-
-def _encode(picture: Image.Image, picture_format: str, **options: int) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, picture_format, **options)
-    return buffer.getvalue()
-
-
-def _write_if_changed(path: Path, content: bytes) -> None:
-    if not path.exists() or path.read_bytes() != content:
-        write_bytes(path, content)
 
 
 def _fingerprint(originals: Originals, seed: int, exif: str | None, class_table: ClassTable) -> str:

@@ -19,10 +19,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.originals import SPLITS
-from utils.config import flag, parse, run_script
+from utils.config import flag, parse
 from utils.dataset import IGNORE, PETS, ClassTable, foreground
 from utils.files import read_json, write_json
 from utils.image import load_picture, picture_size, resize_mask, to_rgb
+from utils.script import run_script
 
 if TYPE_CHECKING:  # heavy imports come after parsing, so that --help answers immediately
     from matplotlib.axes import Axes

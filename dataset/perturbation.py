@@ -16,9 +16,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.config import flag, parse, run_script
+from utils.config import flag, parse
 from utils.files import InputError
 from utils.image import load_picture, resize_image
+from utils.script import run_script
 
 if TYPE_CHECKING:  # the names are known without torch, so that --help answers immediately
     from matplotlib.figure import Figure

@@ -12,8 +12,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from clip_seg.config import ClipTestConfig
-from utils.config import flag, parse, parse_point, run_script
+from utils.config import flag, parse, parse_point
 from utils.files import InputError
+from utils.script import run_script
 
 
 @dataclass

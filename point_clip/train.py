@@ -11,8 +11,9 @@ from typing import Any, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from clip_seg.config import ClipConfig
-from utils.config import flag, flag_name, parse, run_script
+from utils.config import flag, flag_name, parse
 from utils.files import InputError
+from utils.script import run_script
 
 
 @dataclass

@@ -17,8 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from study.compare import compare, format_comparison
 from study.experiments import LISTS
 from study.runs import Run, mark_differences, read_runs
-from utils.config import flag, parse, run_script
+from utils.config import flag, parse
 from utils.files import InputError, format_csv, write_bytes, write_json
+from utils.script import run_script
 
 # The report's tables 1 and 2: IoU, Dice and accuracy in percent, by a flawed protocol (see the README).
 REPORTED = {

@@ -18,8 +18,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from study.experiments import LISTS, Experiment
-from utils.config import REMOVED_FLAGS, RESUMABLE, Terminated, as_plain_dict, flag, flag_name, parse, run_script
+from utils.config import REMOVED_FLAGS, RESUMABLE, as_plain_dict, flag, flag_name, parse
 from utils.files import InputError, read_json
+from utils.script import Terminated, run_script
 
 SET_BY_STUDY = {"--data", "--out", "--seed", "--resume"}  # flags of train.py that the study itself sets
 

@@ -84,3 +84,14 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clip") / "tiny"
     CLIPVisionModel(CLIPVisionConfig(**TINY_CLIP)).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def predictor():
+    """A predictor with a tiny untrained U-Net at 32x32 pixels."""
+    from unet.model import UNet
+    from utils.dataset import PETS
+    from utils.predictor import Predictor
+
+    checkpoint = {"class_table": PETS.as_plain_dict(), "config": {"image_size": 32}}
+    return Predictor(UNet(base_channels=2).eval(), checkpoint)

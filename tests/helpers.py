@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import nn
@@ -256,6 +257,21 @@ def pooled_step(model, batch):
     logits = model(batch["image"])
     loss = SegmentationLoss("cross-entropy+0.5*dice", "ignore")(logits, batch["mask"])
     return StepOutput(loss, logits, batch["mask"])
+
+
+def photograph(width: int = 40, height: int = 30) -> Image.Image:
+    """A smooth random picture."""
+    small = np.random.default_rng(0).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def raise_error(error: BaseException):
+    """A function that raises `error`, whatever it is called with."""
+
+    def fail(*_, **__):
+        raise error
+
+    return fail
 
 
 def wait_for_epoch(process: subprocess.Popen, out: Path) -> None:

@@ -44,7 +44,7 @@ from utils.files import (
 from utils.helper import class_table_of, describe_environment, restore_model
 from utils.image import load_picture, resize_image, resize_mask, to_rgb
 from utils.loader import EpochBatchSampler, make_loader, prepare_batch
-from utils.metric import ConfusionMatrix, count_boundary, count_confusion, logits_to_classes, nan_mean
+from utils.metric import ConfusionMatrix, count_boundary, count_confusion, logits_to_classes, nan_mean, with_mean
 from utils.predictor import Predictor, predict_photographs, resize_logits, save_mask, with_tta
 from utils.robustness import Variant, list_variants, summarize_robustness, write_robustness
 
@@ -110,9 +110,7 @@ class Evaluation:
     def boundary_iou(self) -> dict[str, float | None]:
         """Boundary IoU per class and as mean, over all clean images together; None = no such class."""
         both, either = self.bands.sum(dim=0).double().unbind(dim=1)
-        values = (both / either).tolist()  # 0 / 0 is NaN
-        named = zip((*self.class_table.names, "mean"), (*values, nan_mean(values)))
-        return {name: None if math.isnan(value) else value for name, value in named}
+        return with_mean(self.class_table.names, (both / either).tolist())  # 0 / 0 is NaN
 
     def metrics(self) -> dict[str, Any]:
         """The scores of all clean images together, the mean IoU per image, and the scores of the baseline."""

@@ -58,11 +58,9 @@ def load_checkpoint(path: Path, model_name: str | None = None, *, default_classe
     """
     if not path.is_file():
         train = f"python {model_name.split('/')[0]}/train.py" if model_name else "run the train.py of a model"
-        hint = (
-            "a folder without a best.pt: give a checkpoint"
-            if path.is_dir()
-            else f"no such checkpoint. Train first: {train}"
-        )
+        hint = f"no such checkpoint. Train first: {train}"
+        if path.is_dir():
+            hint = "a folder without a best.pt: give a checkpoint"
         raise InputError(f"{path}: {hint}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -79,15 +77,10 @@ def load_checkpoint(path: Path, model_name: str | None = None, *, default_classe
     parts = ("model", "model_args", "config")
     if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(part), dict) for part in parts):
         raise InputError(f"{path} is not a checkpoint of this repository (it has no model, model_args and config)")
-    least = {"epoch": 0, "image_size": 1, "seed": 0}
-    numbers = {
-        "epoch": checkpoint.get("epoch"),
-        **{key: checkpoint["config"].get(key) for key in ("image_size", "seed")},
-    }
-    if wrong := [
-        f"{key} {value!r}" for key, value in numbers.items() if not isinstance(value, int) or value < least[key]
-    ]:
-        raise InputError(f"{path} is damaged or not of this repository: it has {', '.join(wrong)}")
+    config = checkpoint["config"]
+    for part, key, least in ((checkpoint, "epoch", 0), (config, "image_size", 1), (config, "seed", 0)):
+        if not isinstance(value := part.get(key), int) or value < least:
+            raise InputError(f"{path} is damaged or not of this repository: its {key} is {value!r}")
     if not all(isinstance(value, Tensor) for value in checkpoint["model"].values()):
         raise InputError(f"{path} is damaged or not of this repository: its weights are not all tensors")
     found = checkpoint.get("model_name")

@@ -71,7 +71,7 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
                     yield [(self.epoch, int(sample)) for sample in part]
 
 
-class Caught(Dataset):
+class ErrorsAsItems(Dataset):
     """A data set whose errors are returned as items, so that they cross from a worker process as they are: PyTorch
     would wrap them in a traceback of twenty lines. `Loader` raises them."""
 
@@ -142,7 +142,7 @@ def make_loader(dataset: Dataset, sampler: EpochBatchSampler, workers: int | Non
         threads = torch.get_num_threads()
         cv2.setNumThreads(threads if threads > 1 else 0)  # 0: no pool of threads; with 1 a forked process can hang
     return Loader(
-        Caught(dataset),
+        ErrorsAsItems(dataset),
         batch_sampler=sampler,
         num_workers=workers,
         collate_fn=collate,

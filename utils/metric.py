@@ -100,8 +100,7 @@ class ConfusionMatrix:
         """IoU, Dice and accuracy per class and as mean, and the pixel accuracy, all in 0..1; None = no such class."""
         scores: dict[str, Any] = {}
         for name, values in (("iou", self.iou()), ("dice", self.dice()), ("accuracy", self.accuracy())):
-            named = zip((*self.class_names, "mean"), (*values, nan_mean(values)))
-            scores[name] = {label: _or_none(value) for label, value in named}
+            scores[name] = with_mean(self.class_names, values)
         return {**scores, "pixel_accuracy": _or_none(self.pixel_accuracy())}
 
     def baseline(self) -> "ConfusionMatrix":
@@ -120,6 +119,11 @@ def nan_mean(values: Iterable[float]) -> float:
     """Mean of the values that are not NaN; NaN if none is."""
     kept = [value for value in values if not math.isnan(value)]
     return sum(kept) / len(kept) if kept else math.nan
+
+
+def with_mean(names: Sequence[str], values: Sequence[float]) -> dict[str, float | None]:
+    """Scores by class, and their mean; None instead of NaN."""
+    return {name: _or_none(value) for name, value in zip((*names, "mean"), (*values, nan_mean(values)))}
 
 
 def _or_none(value: float) -> float | None:

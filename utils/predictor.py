@@ -193,11 +193,11 @@ def predict_photographs(
         raise InputError("this model is prompted by a click: give one as --point X,Y")
     if point is not None and not predictor.prompted:
         raise InputError("--point: this model is not prompted by clicks, leave it out")
-    folder = real(out)
-    if inside := [path for path in paths if folder in (real(path), *real(path).parents)]:
+    folder = real_path(out)
+    if inside := [path for path in paths if folder in (real_path(path), *real_path(path).parents)]:
         raise InputError(f"{inside[0]} is in {out}, where the masks would be written; choose another --out")
     found = find_pictures(paths)
-    files = [pair for pair in found.files if folder not in real(pair[0]).parents]
+    files = [pair for pair in found.files if folder not in real_path(pair[0]).parents]
     found.passed_over.update({f"file in {out}": len(found.files) - len(files)} if files != found.files else {})
     notes = [line for line in (found.format_passed_over(),) if line]
     if not files:
@@ -238,7 +238,7 @@ def _segment(predictor: Predictor, masks: dict[Path, Path], out: Path, point: tu
     return failed
 
 
-def real(path: Path) -> Path:
+def real_path(path: Path) -> Path:
     """The path without links; `Path.resolve` would raise at a link that leads to itself."""
     return Path(os.path.realpath(path))
 
@@ -270,7 +270,7 @@ def claim_masks(files: Sequence[tuple[Path, Path]], out: Path, overwrite: bool) 
     index = read_index(out)
     for mask, photographs in wanted.items():
         (first, *others), owner = sorted(photographs), index.get(mask)
-        same = owner is not None and real(owner) == real(first)
+        same = owner is not None and real_path(owner) == real_path(first)
         if others:
             hint = "give them in two calls, with another --out each"
             refused.append(f"{first} and {others[0]} would both be {out / mask}: {hint}")

@@ -78,7 +78,7 @@ class Run:
     def __init__(self, config: TrainConfig, model_name: str, accelerator: Accelerator, precision: str):
         self.config, self.model_name, self.accelerator, self.precision = config, model_name, accelerator, precision
         self.folder, self.device, self.is_main = config.out, accelerator.device, accelerator.is_main_process
-        self.epoch, self.best_loss = 0, math.inf
+        self.epoch, self.best_value = 0, math.inf
         self.log: TrainingLog | None = None
         self.settings: dict[str, dict[str, Any]] = {}  # the content of config.json and split.json
 
@@ -153,10 +153,10 @@ class Run:
             raise InputError(f"{path} cannot be resumed: its random state is damaged ({error})") from error
         if self.accelerator.scaler is not None and last["scaler"]:
             self.accelerator.scaler.load_state_dict(last["scaler"])
-        self.epoch, self.best_loss = last["epoch"], last["best_loss"]
+        self.epoch, self.best_value = last["epoch"], last["best_value"]
         if self.is_main and self.epoch and not _has_content(self.folder / "best.pt"):
             log.warning("%s is missing: the best of the following epochs is saved there", self.folder / "best.pt")
-            self.best_loss = math.inf
+            self.best_value = math.inf
         log.info("%s: continuing after epoch %d", self.folder, self.epoch)
         return last
 
@@ -191,8 +191,8 @@ class Run:
             self._write_settings()
         scores = {"val_loss": row["val_loss"], **scores}
         value = self._judge(row)
-        if value < self.best_loss:
-            self.best_loss = value
+        if value < self.best_value:
+            self.best_value = value
             save_checkpoint(self.folder / "best.pt", self._checkpoint(scores))
         self.log.add(row)
         self._save_last(scores)
@@ -207,7 +207,7 @@ class Run:
 
     def describe_best(self) -> str:
         """A sentence that names the best epochs and best.pt."""
-        best = next((row for row in self.log.rows if self._judge(row) == self.best_loss), None)
+        best = next((row for row in self.log.rows if self._judge(row) == self.best_value), None)
         if best is None:
             return f"There is no {self.folder / 'best.pt'}"
         others = []
@@ -243,7 +243,7 @@ class Run:
             "stopping": self.stopping.state_dict(),
             "random_state": random_state(),
             "scaler": scaler.state_dict() if scaler else {},
-            "best_loss": self.best_loss,
+            "best_value": self.best_value,
         }
 
     def _save_last(self, scores: dict[str, Any]) -> None:
@@ -259,7 +259,7 @@ class Run:
             return
         self.log.close()
         if self.log.rows:
-            best = next((row["epoch"] for row in self.log.rows if self._judge(row) == self.best_loss), None)
+            best = next((row["epoch"] for row in self.log.rows if self._judge(row) == self.best_value), None)
             save_figure(plot_curves(self.log.rows, self.class_table, best), self.folder / "curves.png")
         self.lock.close()
 

@@ -17,9 +17,9 @@ import pytest
 from study import run as study
 from tests.helpers import TINY, assert_same_weights, fail, succeed
 from tests.launcher import HEAVY
-from utils.config import run_script
 from utils.files import read_json
 from utils.helper import load_checkpoint
+from utils.script import run_script
 
 FORK = multiprocessing.get_context("fork") if hasattr(os, "fork") else None
 

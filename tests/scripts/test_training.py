@@ -156,7 +156,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs that a shell ru
 sys.argv[0] = sys.argv.pop(1)
 sys.path.insert(0, str(Path(sys.argv[0]).parents[1]))
 import dataset.pet
-from utils.config import run_script
+from utils.script import run_script
 
 load = dataset.pet.PetDataset.__getitem__
 

@@ -16,18 +16,17 @@ from unet.train import Config as UNetConfig
 from utils.config import (
     REMOVED_FLAGS,
     RESUMABLE,
-    Terminated,
     TrainConfig,
     as_plain_dict,
     flag_name,
     parse,
     restore_fields,
-    run_script,
     weighted_sum,
 )
 from utils.config import TestConfig as ScoreConfig
 from utils.files import InputError, write_json
 from utils.loss import LOSSES
+from utils.script import Terminated, run_script
 
 
 def test_defaults_are_the_report_recipe():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset import dataset_prep
+from dataset import dataset_prep, pairs
 from dataset.dataset_prep import prepare
 from tests.helpers import left_out, state, to_report_layout
 from utils.dataset import IGNORE, PETS
@@ -243,7 +243,7 @@ def test_a_full_disk_is_an_error_and_loses_nothing(base, monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
 
-    monkeypatch.setattr(dataset_prep, "write_bytes", fill_disk)
+    monkeypatch.setattr(pairs, "write_bytes", fill_disk)
     with pytest.raises(InputError, match=r"No space left on device.*run again"):
         dataset_prep.main([str(base), "--processes", "1"])
     assert not (base / "prep_report.json").exists(), "half of the files do not count as prepared"
@@ -254,6 +254,6 @@ def test_a_full_disk_is_an_error_and_loses_nothing(base, monkeypatch):
 
 
 def test_missing_write_permission_is_an_error(base, monkeypatch):
-    monkeypatch.setattr(dataset_prep, "write_bytes", refuse)
+    monkeypatch.setattr(pairs, "write_bytes", refuse)
     with pytest.raises(InputError, match=r"Permission denied.*change the permissions"):
         dataset_prep.main([str(base), "--processes", "1"])

@@ -16,7 +16,7 @@ IMPORT_EVERYTHING = {"benchmarks", "docs"}
 MODELS_THAT_MAY_IMPORT = {("point_clip", "clip_seg")}
 
 UNIX_ONLY = {"fcntl", "grp", "pwd", "resource", "termios"}
-MAY_PRINT = {("utils/distributed.py", "print_once"), ("utils/config.py", "run_script")}
+MAY_PRINT = {("utils/distributed.py", "print_once"), ("utils/script.py", "run_script")}
 LONGEST_FUNCTION = 70
 FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -16,8 +16,9 @@ from models import MODELS
 from study import run as study
 from study.experiments import EXPERIMENTS, LISTS, PRETRAINING
 from tests.helpers import ROOT
-from utils.config import Terminated, as_plain_dict, flag_name, parse
+from utils.config import as_plain_dict, flag_name, parse
 from utils.files import InputError, write_json
+from utils.script import Terminated
 
 RANDOM_CLIP = ("--", "--clip-random-init")
 WITHOUT_CLIP = next(one for one in EXPERIMENTS if not one.starts_from and "clip" not in one.model)

@@ -61,7 +61,7 @@ def assert_same_run(first, second):
     assert_same_weights(first, second)
     for one, two in zip(first["log"], second["log"], strict=True):
         assert {**one, "seconds": 0, "images_per_second": 0} == {**two, "seconds": 0, "images_per_second": 0}
-    for key in ("stopping", "best_loss", "epoch"):
+    for key in ("stopping", "best_value", "epoch"):
         assert first[key] == second[key], key
     trained = [last.get("trained", {}) for last in (first, second)]
     assert all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])
